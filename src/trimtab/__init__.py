@@ -1,0 +1,1 @@
+"""Policy optimization methods as small named changes to one loop."""

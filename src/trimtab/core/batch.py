@@ -1,0 +1,235 @@
+"""Experience as named columns: `N` rows, each a sequence of up to `T` decisions.
+
+A column is a tensor whose first axis is the row, or a list with one entry per row (prompts, transcripts). Columns are
+never written in place: `put` returns a new batch. DESIGN section 1 names the standard columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.errors import ColumnError
+
+Column = Tensor | list[Any]
+
+# What an added decision or a missing column holds when batches are joined. Ids use -1: "belongs to nothing".
+_FILL: dict[str, Any] = {"group": -1, "episode": -1, "pair": -1, "agent": -1, "truncated": False, "terminated": False}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Debug mode's view of a batch: the columns one piece declared. Anything else raises."""
+
+    piece: str
+    reads: frozenset[str]
+    writes: frozenset[str]
+
+    def check(self, name: str, writing: bool) -> None:
+        allowed = self.writes if writing else self.reads | self.writes
+        if name not in allowed:
+            verb = "writes" if writing else "reads"
+            raise ColumnError(
+                f"{self.piece} {verb} column {name!r} without declaring it; "
+                f"it declared {verb}={sorted(allowed)}. Add {name!r} to its declaration."
+            )
+
+
+@dataclass(frozen=True)
+class Batch(Mapping[str, Column]):
+    """Named columns over the same `N` rows.
+
+    `batch["reward"]` and `batch.reward` read a column; `put` returns a new batch with more of them. A column that
+    varies over decisions is `[N, T, ...]`; one that belongs to the row is `[N]`, or a list of length `N`.
+
+    Raises `ColumnError` when a column is missing, or when a new one has another number of rows.
+    """
+
+    columns: dict[str, Column] = field(default_factory=dict)
+    guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(column) for name, column in self.columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ColumnError(f"columns have different numbers of rows: {sizes}; every column has one entry per row")
+
+    # -- reading ------------------------------------------------------------------------------------------------
+    def __getitem__(self, name: str) -> Any:
+        if self.guard is not None:
+            self.guard.check(name, writing=False)
+        if name not in self.columns:
+            raise ColumnError(f"no column {name!r} in this batch; it has {sorted(self.columns)}")
+        return self.columns[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "columns":
+            raise AttributeError(name)
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        """The number of rows `N`."""
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    @property
+    def decisions(self) -> int:
+        """How many decisions our policy made: `sum(mask)`."""
+        return int(self.columns["mask"].sum()) if "mask" in self.columns else len(self)  # type: ignore[union-attr]
+
+    # -- making others ------------------------------------------------------------------------------------------
+    def put(self, **columns: Column) -> Batch:
+        """A batch with these columns added or replaced. The values are used as they are, without a copy."""
+        if self.guard is not None:
+            for name in columns:
+                self.guard.check(name, writing=True)
+        return Batch({**self.columns, **columns}, self.guard)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows of a long index `[n]` or a bool mask `[N]`, in that order."""
+        index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        picks = index.tolist()
+        return Batch(
+            {
+                name: column.index_select(0, index.to(column.device))
+                if isinstance(column, Tensor)
+                else [column[i] for i in picks]
+                for name, column in self.columns.items()
+            },
+            self.guard,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same columns on another device."""
+        return Batch({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.columns.items()}, self.guard)
+
+    def guarded(self, guard: Guard | None) -> Batch:
+        return Batch(self.columns, guard)
+
+    def by(self, level: str) -> Segments:
+        """Helpers over the rows that share an id at this level: `batch.by("group").mean(score)`."""
+        return Segments.of(self[level])
+
+    def score(self) -> Tensor:
+        """The outcome of each row, `[N]`: its reward summed over its decisions."""
+        reward: Tensor = self["reward"]
+        return reward if reward.dim() == 1 else reward.sum(1)
+
+    @staticmethod
+    def cat(batches: Sequence[Batch]) -> Batch:
+        """Join rows. Decision axes are padded on the right to the longest `T` (prompts on the left).
+
+        A column that one batch lacks is filled: -1 for ids, nan for other floats, 0 for the rest. Padding is zero, so
+        that a padded decision has `mask` 0. The nan is deliberate: reading what was never collected must not look
+        like a number.
+        """
+        batches = [b for b in batches if len(b)]
+        if not batches:
+            return Batch()
+        names = dict.fromkeys(name for b in batches for name in b.columns)
+        return Batch({name: _join(name, batches) for name in names}, batches[0].guard)
+
+
+def _join(name: str, batches: Sequence[Batch]) -> Column:
+    held = [b.columns.get(name) for b in batches]
+    example = next(c for c in held if c is not None)
+    if isinstance(example, list):
+        return [x for b, c in zip(batches, held) for x in (c if c is not None else [None] * len(b))]
+    length = max((c.shape[1] for c in held if isinstance(c, Tensor) and c.dim() > 1), default=0)
+    parts = []
+    for b, c in zip(batches, held):
+        if c is None:
+            shape = (len(b), length, *example.shape[2:]) if example.dim() > 1 else (len(b),)
+            missing = _FILL.get(name, float("nan") if example.is_floating_point() else 0)
+            c = example.new_full(shape, missing)
+        elif isinstance(c, Tensor) and c.dim() > 1 and c.shape[1] < length:
+            pad = c.new_zeros(c.shape[0], length - c.shape[1], *c.shape[2:])
+            c = torch.cat([pad, c] if name.startswith("prompt") else [c, pad], 1)
+        parts.append(c)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Statistics over rows that share an id; `[N]` in, `[N]` out unless said otherwise.
+
+    `index[i]` numbers the segment of row `i`, `0..size-1`, in order of id.
+    """
+
+    index: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Segments:
+        unique, index = torch.unique(ids, return_inverse=True)
+        return cls(index, len(unique))
+
+    def total(self, x: Tensor) -> Tensor:
+        """One sum per segment, `[size, ...]`."""
+        return x.new_zeros(self.size, *x.shape[1:]).index_add_(0, self.index, x)
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows in each segment, long `[size]`."""
+        return torch.bincount(self.index, minlength=self.size)
+
+    def count(self) -> Tensor:
+        """Rows in this row's segment, `[N]` long."""
+        return self.counts[self.index]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.total(x)[self.index]
+
+    def mean(self, x: Tensor) -> Tensor:
+        counts = self.counts.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return (self.total(x) / counts)[self.index]
+
+    def std(self, x: Tensor, ddof: int = 1) -> Tensor:
+        """Standard deviation; exactly 0 where all values are equal, and for a segment of `ddof` rows or fewer."""
+        # Two-pass, on deviations from one member: equal values give exactly zero, whatever their size.
+        first = self.distinct(x)[self.index]
+        shifted = x - first
+        deviation = shifted - self.mean(shifted)
+        free = (self.counts - ddof).clamp_min(1).to(x.dtype)
+        return (self.total(deviation.square()) / free).sqrt()[self.index]
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._extreme(x, "amax")
+
+    def min(self, x: Tensor) -> Tensor:
+        return self._extreme(x, "amin")
+
+    def _extreme(self, x: Tensor, how: str) -> Tensor:
+        out = x.new_zeros(self.size).scatter_reduce_(0, self.index, x, how, include_self=False)
+        return out[self.index]
+
+    def rank(self, x: Tensor) -> Tensor:
+        """Place of each row inside its segment by ascending `x`, `0..count-1`; ties keep row order."""
+        order = torch.argsort(x, stable=True)
+        order = order[torch.argsort(self.index[order], stable=True)]
+        starts = torch.cumsum(self.counts, 0) - self.counts
+        place = torch.arange(len(x), device=x.device) - starts[self.index[order]]
+        return torch.empty_like(place).scatter_(0, order, place)
+
+    def distinct(self, x: Tensor) -> Tensor:
+        """One value per segment, `[size]`: that of its first row."""
+        first = torch.full((self.size,), len(x), dtype=torch.long, device=x.device)
+        rows = torch.arange(len(x), device=x.device)
+        first.scatter_reduce_(0, self.index, rows, "amin")
+        return x[first]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Hand one value per segment, `[size, ...]`, back to its rows, `[N, ...]`."""
+        return values[self.index]
+
+    def same(self, x: Tensor) -> Tensor:
+        """Whether every row of this row's segment has the same value, bool `[N]`."""
+        return self.max(x) == self.min(x)

@@ -1,0 +1,99 @@
+"""Checks made before the first step: what a method reads, wants and uses must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trimtab.core.errors import MethodError, nearest
+from trimtab.core.method import Method, Track
+from trimtab.core.piece import Piece
+
+# Columns that every collect provides or that the core supplies.
+_ALWAYS = frozenset({"mask", "keep", "source"})
+
+
+def pieces_of(method: Method) -> Iterator[tuple[Track | None, Piece]]:
+    """Every piece with every part below it, and the track it stands in; phases included."""
+    for p in method.pieces:
+        yield from ((None, q) for q in p.walk())
+    for track in method.tracks:
+        for p in track.all():
+            yield from ((track, q) for q in p.walk())
+    for phase in method.phases:
+        yield from pieces_of(phase.method)
+
+
+def check(method: Method, models: Mapping[str, Any]) -> None:
+    """Raise MethodError, with the reason, when this method cannot run on these models."""
+    for phase in method.phases:
+        _check(phase.method, models, {**method.copies, **phase.method.copies})
+    if not method.phases:
+        _check(method, models, method.copies)
+
+
+def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any]) -> None:
+    known = {*models, *copies}
+    for name, rule in copies.items():
+        if name in models:
+            raise MethodError(f"{name!r} is both a model and a copy; rename the copy")
+        for source in (rule.source, rule.options.get("b", rule.source)):
+            if source not in known:
+                raise MethodError(f"copy {name!r} follows {source!r}, which is no model. {nearest(source, known)}")
+    collects = [p for p in method.pieces if p.stage == "collect"]
+    if len(collects) != 1:
+        raise MethodError(f"{method.name} has {len(collects)} collect pieces; a method has exactly one")
+    columns = _read_in_order(method, collects[0])
+    for track in method.tracks:
+        if track.trains not in models:
+            raise MethodError(
+                f"track {track.name!r} of {method.name} trains {track.trains!r}, which is no model here. "
+                f"{nearest(track.trains, models)}"
+            )
+        _wants(method, track, models)
+        seen = set(columns)
+        for stage in ("annotate", "credit", "select", "loss", "update", "probe"):
+            for p in (q for q in track.all() if q.stage == stage):
+                _reads(method, p, seen)
+                seen |= p.union("writes")
+    for _, p in pieces_of(method):
+        for name in p.uses:
+            if name not in known:
+                raise MethodError(f"{p.name} of {method.name} uses the model {name!r}. {nearest(name, known)}")
+    names = [n for n, _, _ in _losses(method)]
+    if not method.phases and not names and method.tracks and all(t.of("loss") for t in method.tracks):
+        raise MethodError(f"{method.name} has no loss")
+
+
+def _read_in_order(method: Method, collect: Piece) -> set[str]:
+    columns = set(collect.union("writes")) | _ALWAYS
+    for stage in ("annotate", "credit", "select"):
+        for p in (q for q in method.pieces if q.stage == stage):
+            _reads(method, p, columns)
+            columns |= p.union("writes")
+    return columns
+
+
+def _reads(method: Method, p: Piece, columns: set[str]) -> None:
+    missing = sorted(p.union("reads") - columns)
+    if missing:
+        raise MethodError(
+            f"{p.name} ({p.stage}) of {method.name} reads column {missing[0]!r}, which nothing before it writes. "
+            f"Written so far: {', '.join(sorted(columns))}. Add a piece that writes it, before {p.name}."
+        )
+
+
+def _losses(method: Method) -> list[tuple[str, str, Piece]]:
+    return [row for row in method.places() if row[2].stage == "loss"]
+
+
+def _wants(method: Method, track: Track, models: Mapping[str, Any]) -> None:
+    provides = frozenset(getattr(models[track.trains], "provides", ()))
+    for p in track.pieces:
+        unmet = sorted(p.union("wants") - provides)
+        if unmet:
+            raise MethodError(
+                f"{p.name} of {method.name} wants {unmet[0]!r} from the model {track.trains!r}, which provides "
+                f"{sorted(provides) or 'nothing'}. A policy without likelihoods cannot be trained with a "
+                f"likelihood-ratio surrogate; choose a method whose losses it can answer."
+            )

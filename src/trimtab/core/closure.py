@@ -1,0 +1,253 @@
+"""What an update piece is given: loss and gradient on any rows, at any parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.batch import Batch, Guard
+from trimtab.core.errors import MethodError, NonFiniteError
+from trimtab.core.kit import Kit
+from trimtab.core.method import Track
+from trimtab.core.piece import Piece
+from trimtab.core.terms import Term, reduce, split, units, weights
+
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """loss: 0-d. grads: one tensor per trained parameter, by name. terms: the reduced value of every term."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    terms: dict[str, Tensor]
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Global l2 norm over all parameters, 0-d."""
+        return torch.nn.utils.get_total_norm(list(self.grads.values()))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An un-reduced term with its weights: `sum()` is its share of the loss."""
+
+    value: Tensor
+    weight: Tensor
+    per: Any
+    metric: bool
+
+    def sum(self) -> Tensor:
+        return reduce(self.value, self.weight, self.per)
+
+
+class Closure:
+    """Loss and gradient of one track on the rows of one update.
+
+    Gradients are taken for the track's own parameters only. `where` is a long index or bool mask into those rows; the
+    totals are then those of the chosen rows. `params` replaces the trained parameters by name.
+    """
+
+    def __init__(self, kit: Kit, track: Track, batch: Batch) -> None:
+        self.kit, self.track, self.batch = kit, track, batch
+        self.model: nn.Module = kit.models[track.trains]
+        self.losses = track.of("loss")
+        self.wants = frozenset().union(*(p.union("wants") for p in self.losses))
+        self._unit = next((p.core.options["unit"] for p in self.losses if p.core.options["unit"] != "row"), "row")
+        self._ready: tuple[int, dict[str, Tensor]] | None = None
+        scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
+        if scoped:
+            self._prepare(scoped)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The trained parameters, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def __call__(
+        self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
+    ) -> Gradient:
+        """Loss and gradient, summed over micro-batches. Raises NonFiniteError, naming the term, if it is not finite."""
+        loss: Tensor | None = None
+        grads: list[Tensor] | None = None
+        sums: dict[str, Tensor] = {}
+        with self._at(params) as at:
+            for value, terms in self._micro(where):
+                if not value.requires_grad:  # nothing to learn from these rows
+                    new = [torch.zeros_like(p) for p in at.values()]
+                else:
+                    new = list(
+                        torch.autograd.grad(
+                            value, list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+                        )
+                    )
+                value = value if create_graph else value.detach()
+                if grads is None:
+                    loss, grads = value, new
+                elif create_graph:
+                    loss, grads = loss + value, [g + n for g, n in zip(grads, new)]
+                else:
+                    loss = loss + value
+                    torch._foreach_add_(grads, new)
+                for name, v in terms.items():
+                    sums[name] = sums[name] + v if name in sums else v
+            if grads is None or loss is None:  # every row was skipped: exactly zero
+                grads = [torch.zeros_like(p) for p in at.values()]
+                loss = next(iter(at.values())).new_zeros(())
+            # [0] the weighted sum, [1] the weight it had: a metric is a mean over the decisions that were looked at
+            values = {name: v[0] / v[1] if v[1] > 0 else v[0] for name, v in sums.items()}
+            made = Gradient(loss, dict(zip(at, grads)), values)
+        if not create_graph:
+            self._finite(made)
+        return made
+
+    def terms(self, params: Params | None = None, where: Tensor | None = None) -> dict[str, Weighted]:
+        """The un-reduced terms on all chosen rows at once, with graph (for curvature and line searches)."""
+        rows = self._rows(where)
+        with self._at(params):
+            return self._terms(rows, self._weights(rows))
+
+    # -- inside -------------------------------------------------------------------------------------------------
+    def _rows(self, where: Tensor | None) -> Batch:
+        return self.batch if where is None else self.batch.take(where)
+
+    def _weights(self, rows: Batch) -> list[Tensor]:
+        """For each loss, `[2, N, T]`: the weights of its terms, and those of its metrics (a mean over decisions)."""
+        double = next(self.model.parameters()).dtype == torch.float64
+        return [weights(rows, p.core.options, torch.float64 if double else torch.float32) for p in self.losses]
+
+    def _micro(self, where: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        rows = self._rows(where)
+        scale = self._weights(rows)
+        live = self._live(rows)
+        parts = split(units(rows, self._unit), self.kit.memory) if live is None else self._live_parts(rows, live)
+        for part in parts:
+            whole = len(parts) == 1 and len(part) == len(rows)
+            micro = rows if whole else rows.take(part)
+            cut = scale if whole else [w.index_select(1, part) for w in scale]
+            made = self._terms(micro, cut)
+            sums = {name: w.sum() for name, w in made.items()}
+            losses = [v for name, v in sums.items() if not made[name].metric]
+            total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+            yield total, {
+                name: torch.stack([v.detach(), made[name].weight.sum() if made[name].metric else v.new_zeros(())])
+                for name, v in sums.items()
+            }
+
+    def _live(self, rows: Batch) -> Tensor | None:
+        """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`)."""
+        tests = [p.core.idle for p in self.losses]
+        if not tests or None in tests:
+            return None
+        dead = torch.stack([test(rows.guarded(None)) for test in tests if test]).all(0)
+        return None if not bool(dead.any()) else ~dead
+
+    def _live_parts(self, rows: Batch, live: Tensor) -> list[Tensor]:
+        ids = units(rows, self._unit)
+        whole = torch.zeros(int(ids.max()) + 1, dtype=torch.bool).index_fill_(0, ids[live.cpu()], True)[ids]
+        index = whole.nonzero().squeeze(1)
+        if not len(index):
+            return []
+        return [index[part] for part in split(torch.unique(ids[index], return_inverse=True)[1], self.kit.memory)]
+
+    def _terms(self, rows: Batch, scale: list[Tensor]) -> dict[str, Weighted]:
+        plain = rows.guarded(None)
+        now = self._now(rows)
+        made: dict[str, Weighted] = {}
+        for p, weight in zip(self.losses, scale):
+            per = p.core.options["per"]
+            for term in self._run(p, plain, now):
+                if term.name in made:
+                    raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
+                cut = weight[1 if term.metric else 0]
+                made[term.name] = Weighted(term.value, cut, "token" if term.metric else per, term.metric)
+        return made
+
+    def _now(self, rows: Batch) -> dict[str, Tensor]:
+        """What the losses want of the model on these rows, with gradient."""
+        if not self.wants:
+            return {}
+        ready, self._ready = self._ready, None
+        if ready is not None and rows is self.batch and ready[0] == self._version():
+            return ready[1]  # the forward that prepared the update-scope parts
+        model: Any = self.model
+        return model.evaluate(rows.guarded(None), self.wants)
+
+    def _version(self) -> int:
+        """Changes whenever a trained parameter is written or replaced."""
+        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+
+    def _run(self, p: Piece, rows: Batch, now: Any) -> list[Term]:
+        if not self.kit.debug:
+            return _listed(p(self.kit, rows, now))
+        guard = Guard(p.name, p.union("reads") | {"mask", "keep", "source"}, p.union("writes"))
+        before = self.kit._versions()
+        made = _listed(p(self.kit, rows.guarded(guard), now))
+        self.kit.unchanged(p, before)
+        return made
+
+    def _prepare(self, scoped: list[Piece]) -> None:
+        """Run update-scope parts once on all rows, without gradient; afterwards they are constants.
+
+        When all rows fit into memory at once, the forward made here serves the first gradient too.
+        """
+        now: dict[str, Tensor] = {}
+        if self.wants and (self.kit.memory is None or self.kit.memory >= len(self.batch)):
+            with_graph = self._now(self.batch)
+            self._ready = (self._version(), with_graph)
+            now = {k: v.detach() for k, v in with_graph.items()}
+        elif self.wants:
+            now = self.kit.evaluate(self.track.trains, self.batch, self.wants, units(self.batch, self._unit))
+        self.kit._once.clear()
+        self.kit.preparing = True
+        with torch.no_grad():
+            for p in scoped:
+                self._run(p, self.batch.guarded(None), now)
+        self.kit.preparing = False
+
+    @contextmanager
+    def _at(self, params: Params | None) -> Iterator[dict[str, Tensor]]:
+        """The trained parameters, or others put in their place for the time being (tied weights included)."""
+        mine = self.params
+        if params is None:
+            yield mine
+            return
+        if set(params) != set(mine):
+            raise ValueError(f"params must be exactly the trained ones; differs in {sorted(set(params) ^ set(mine))}")
+        names = {id(p): n for n, p in mine.items()}
+        places = [
+            (module, leaf, names[id(p)], p)
+            for module in self.model.modules()
+            for leaf, p in module._parameters.items()
+            if p is not None and id(p) in names
+        ]
+        leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        try:
+            for module, leaf, name, _ in places:
+                module._parameters[leaf] = leaves[name]  # type: ignore[assignment]
+            yield leaves
+        finally:
+            for module, leaf, _, old in places:
+                module._parameters[leaf] = old  # type: ignore[assignment]
+
+    def _finite(self, made: Gradient) -> None:
+        if torch.isfinite(made.loss) and torch.isfinite(made.norm):
+            return
+        bad = [name for name, v in made.terms.items() if not torch.isfinite(v)]
+        what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {sorted(made.terms)}"
+        raise NonFiniteError(
+            f"{what} in track {self.track.name!r} is not finite at update {self.kit.clock.updates}; no parameter was "
+            f"changed. A nan or infinite reward, advantage or log-probability in its columns gives this, and so does "
+            f"a learning rate that is too large."
+        )
+
+
+def _listed(made: Any) -> list[Term]:
+    return [made] if isinstance(made, Term) else list(made)

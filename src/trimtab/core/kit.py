@@ -1,0 +1,173 @@
+"""The kit: what every piece is handed, and the debug mode that holds pieces to their declarations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.batch import Batch, Guard
+from trimtab.core.errors import MethodError, PurityError, nearest
+from trimtab.core.piece import Piece
+from trimtab.core.state import Clock, State
+from trimtab.core.terms import rows_of, split
+
+
+class Own(MutableMapping[str, Any]):
+    """The state that one piece declared; reading or writing any other key raises."""
+
+    def __init__(self, store: dict[str, Any], scope: str, piece: Piece) -> None:
+        self._store, self._scope, self._piece = store, scope, piece
+
+    def _key(self, key: str) -> str:
+        if key not in self._piece.state:
+            raise PurityError(
+                f"{self._piece.name} uses state {key!r} without declaring it. {nearest(key, self._piece.state)}"
+            )
+        return f"{self._scope}/{key}"
+
+    def __getitem__(self, key: str) -> Any:
+        return self._store[self._key(key)]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._store[self._key(key)] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise PurityError(f"{self._piece.name} may change its state {key!r}, not remove it")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._piece.state)
+
+    def __len__(self) -> int:
+        return len(self._piece.state)
+
+
+class Kit:
+    """Handed to every piece.
+
+    models: networks and copies by name. environment: what answers decisions. clock: turns, updates, decisions, rows,
+    progress. state: what this piece declared. memory: rows per forward pass (None: all at once). single: whether this
+    batch gives exactly one gradient, so that the policy being trained is still the one at the start of the update.
+    """
+
+    def __init__(self, state: State, method: Any, memory: int | None, debug: bool) -> None:
+        self._tree = state
+        self._once: dict[int, Any] = {}
+        self._logs: list[tuple[str, Any]] = []
+        self.method, self.memory, self.debug = method, memory, debug
+        self.models: Mapping[str, nn.Module] = state.lookup()
+        self.environment: Any = state.environment
+        self.clock: Clock = state.clock
+        self.single = True
+        self.preparing = True
+        self.scope = ""
+        self.model = "policy"
+        self.state: MutableMapping[str, Any] = {}
+
+    def of(self, piece: Piece) -> Kit:
+        """The same kit, showing this piece's own state."""
+        if not piece.state:
+            return self
+        other = copy.copy(self)
+        other.state = Own(self._tree.pieces, self.scope, piece)
+        return other
+
+    def rng(self, name: str) -> torch.Generator:
+        """A named random stream of the run; it is saved, and it does not depend on any other stream."""
+        return self._tree.stream(f"{self.scope}/{name}" if self.scope else name)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Record a number; several of one turn are averaged. Tensors are read once, at the end of the turn."""
+        self._logs.append((name, value.detach() if isinstance(value, Tensor) else value))
+
+    def once(self, piece: Piece, compute: Callable[[], Any]) -> Any:
+        """The value of an update-scope part: computed while preparing, from all rows of the update; then constant."""
+        key = id(piece)
+        if key not in self._once:
+            if not self.preparing:
+                raise MethodError(f"{piece.name} is an update-scope part, but its loss was not prepared on all rows")
+            self._once[key] = compute()
+        return self._once[key]
+
+    def actor(self, name: str = "policy") -> Any:
+        """The model that decides, inside the method's `act` wraps."""
+        actor: Any = self.models[name]
+        for p in self.method.pieces:
+            if p.stage == "act":
+                actor = p(self, actor)
+        return actor
+
+    @torch.no_grad()
+    def evaluate(self, name: str, batch: Batch, want: frozenset[str] | set[str], unit: Tensor | None = None) -> Any:
+        """`models[name].evaluate(batch, want)` without gradient, `memory` rows at a time. Columns come back by name."""
+        model: Any = self.models[name]
+        plain = batch.guarded(None)
+        rows = torch.arange(len(batch)) if unit is None else unit
+        parts = split(rows, self.memory)
+        if len(parts) == 1:
+            return model.evaluate(plain, want)
+        outs = [model.evaluate(plain.take(part), want) for part in parts]
+        order = torch.argsort(torch.cat(parts))
+        return {k: torch.cat([o[k] for o in outs]).index_select(0, order) for k in outs[0]}
+
+    # -- running pieces -----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def annotate(self, piece: Piece, batch: Batch, *now: Any) -> Batch:
+        """Run an annotate, credit, select or probe piece on the rows it concerns, without gradient.
+
+        Rows it does not concern keep what a column held, and get zeros in a new one.
+        """
+        reserved = piece.core.options
+        chosen = rows_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else rows_of(batch, None)
+        if bool(chosen.all()):
+            return self._guarded(piece, batch, *now)
+        made = batch.take(chosen)
+        if len(made):
+            made = self._guarded(piece, made, *({k: v[chosen] for k, v in values.items()} for values in now))
+            if len(made) != int(chosen.sum()):
+                raise MethodError(f"{piece.name} drops rows of a batch with several sources; there it may only shrink keep")
+        spread: dict[str, Any] = {}
+        for name in piece.union("writes"):
+            new = made.columns.get(name, batch.columns["mask"])
+            assert isinstance(new, Tensor)
+            old = batch.columns.get(name, new.new_zeros(len(batch), *new.shape[1:], dtype=_float(new)))
+            assert isinstance(old, Tensor)
+            spread[name] = old.index_copy(0, chosen.nonzero().squeeze(1), new.to(old.dtype)) if len(made) else old
+        return batch.put(**spread)
+
+    def _guarded(self, piece: Piece, batch: Batch, *more: Any) -> Batch:
+        if not self.debug:
+            plain: Batch = piece(self, batch, *more)
+            return plain
+        before = self._versions()
+        guard = Guard(piece.name, piece.union("reads"), piece.union("writes"))
+        made: Batch = piece(self, batch.guarded(guard), *more)
+        self.unchanged(piece, before)
+        return made.guarded(None)
+
+    def _versions(self) -> dict[str, int]:
+        return {n: sum(t._version for t in (*m.parameters(), *m.buffers())) for n, m in self.models.items()}
+
+    def unchanged(self, piece: Piece, before: dict[str, int]) -> None:
+        """Debug mode: only `update` pieces may change parameters."""
+        changed = [name for name, version in self._versions().items() if before[name] != version]
+        if changed:
+            raise PurityError(f"{piece.name} is a {piece.stage} piece but changed the parameters of {changed}")
+
+    def drain(self) -> dict[str, float]:
+        """All numbers recorded since the last drain, averaged by name; one transfer from the device."""
+        logs, self._logs[:] = list(self._logs), []
+        if not logs:
+            return {}
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for _, v in logs]).tolist()
+        sums: dict[str, list[float]] = {}
+        for (name, _), v in zip(logs, values):
+            sums.setdefault(name, []).append(v)
+        return {name: sum(v) / len(v) for name, v in sums.items()}
+
+
+def _float(column: Tensor) -> torch.dtype:
+    return column.dtype if column.is_floating_point() else torch.get_default_dtype()

@@ -1,0 +1,337 @@
+"""A method is a value: named pieces in one or more tracks, written as a difference from its base.
+
+Addresses. A piece is named by its slot (`credit`, `surrogate`, `update`), an option by a path below it
+(`surrogate.bound.high`), another track's piece by a prefix (`critic:update.lr`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.core.copies import Copy
+from trimtab.core.errors import MethodError, nearest
+from trimtab.core.piece import SINGLE, Piece
+
+YOU = "you"  # who made an edit that no method made
+
+
+@dataclass(frozen=True)
+class Author:
+    """Whose edits are being recorded: a method's name, and the bases whose swaps it may replace."""
+
+    name: str = YOU
+    lineage: frozenset[str] = frozenset()
+
+
+_AUTHOR: ContextVar[Author] = ContextVar("author", default=Author())
+
+
+@contextmanager
+def authored_by(name: str, lineage: frozenset[str]) -> Iterator[None]:
+    """Record the edits made inside under this method's name."""
+    token = _AUTHOR.set(Author(name, lineage))
+    try:
+        yield
+    finally:
+        _AUTHOR.reset(token)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One recorded change: who, what kind, where, and in words."""
+
+    by: str
+    kind: str
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Track:
+    """One learner: the model it trains, its own pieces, its terms, and how its parameters move.
+
+    every: run on each k-th update. on: "update", or "last" to run once per batch, on all of its rows.
+    """
+
+    name: str
+    trains: str
+    pieces: tuple[Piece, ...]
+    update: Piece
+    every: int = 1
+    on: str = "update"
+
+    def of(self, stage: str) -> tuple[Piece, ...]:
+        return tuple(p for p in self.pieces if p.stage == stage)
+
+    def all(self) -> tuple[Piece, ...]:
+        return (*self.pieces, self.update)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One leg of a phased method: run `method` until the clock moved on by `until`; `enter` runs once, on entry."""
+
+    name: str
+    method: Method
+    until: Mapping[str, int]
+    enter: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """The whole method as data. Build one from a base with `swap`, `then`, `wrap`, `drop`, `on`; all return a new one.
+
+    rows: rows per update (None: the whole batch). passes: times each batch is gone through.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...] = ()
+    tracks: tuple[Track, ...] = ()
+    copies: Mapping[str, Copy] = field(default_factory=dict)
+    rows: int | None = None
+    passes: int = 1
+    phases: tuple[Phase, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    explicit: tuple[str, ...] = ()  # paths whose value somebody asked for
+
+    # -- addresses ----------------------------------------------------------------------------------------------
+    def places(self) -> Iterator[tuple[str, str, Piece]]:
+        """(track name or "", slot, piece) in running order: shared pieces first, then track by track."""
+        for p in self.pieces:
+            yield "", p.slot, p
+        for track in self.tracks:
+            for p in track.all():
+                yield track.name, p.slot, p
+
+    def locate(self, path: str) -> tuple[str, Piece, list[str]]:
+        """The track ("" if shared) and piece that `path` starts with, and the rest of the path below that piece."""
+        where, _, local = path.rpartition(":")
+        first, *rest = local.split(".")
+        found = [(t, p) for t, slot, p in self.places() if first in _names(p) and where in ("", t)]
+        if not found:
+            known = {f"{t}:{s}" if len(self.tracks) > 1 and t else s for t, s, _ in self.places()}
+            raise MethodError(f"{self.name} has no piece {path!r}. {nearest(first, known)}")
+        if len(found) > 1:
+            raise MethodError(f"{path!r} could be in {[t for t, _ in found]}; write one of them as 'track:{path}'")
+        track, piece = found[0]
+        return track, piece, rest
+
+    def get(self, path: str) -> Any:
+        """The piece, part or option value at an address."""
+        _, piece, rest = self.locate(path)
+        return piece.find(rest)
+
+    def flatten(self) -> dict[str, Any]:
+        """`address -> value` of everything in force, in running order. Two methods are equal when these are."""
+        rows: dict[str, Any] = {}
+        for track, slot, p in self.places():
+            rows |= p.flatten(f"{track}:{slot}" if track and len(self.tracks) > 1 else slot)
+        for t in self.tracks:
+            rows |= {f"track {t.name}": f"trains {t.trains}, every {t.every}, on {t.on}"}
+        rows |= {f"copy {name}": copy for name, copy in self.copies.items()}
+        rows |= {"rows": self.rows, "passes": self.passes}
+        for i, phase in enumerate(self.phases):
+            head = f"phase {i + 1} {phase.name}"
+            rows |= {head: f"until {dict(phase.until)}, entering: {[str(a) for a in phase.enter]}"}
+            rows |= {f"{head} / {k}": v for k, v in phase.method.flatten().items()}
+        return rows
+
+    def fingerprint(self) -> str:
+        """A digest of everything in force; a checkpoint of another fingerprint is refused."""
+        return hashlib.sha256(repr([(k, show(v)) for k, v in self.flatten().items()]).encode()).hexdigest()[:16]
+
+    # -- changes ------------------------------------------------------------------------------------------------
+    def swap(self, path: str, value: Any) -> Method:
+        """Replace what stands at `path`. Refused when somebody outside this method's lineage already swapped it,
+        or when an option that was asked for would be lost with it."""
+        author = _AUTHOR.get()
+        track, piece, rest = self.locate(path)
+        old = piece.find(rest)
+        full = self._full(track, piece, rest)
+        for edit in self.edits:
+            related = _covers(full, edit.path) or _covers(edit.path, full)
+            if edit.kind == "swap" and related and edit.by != author.name and edit.by not in author.lineage:
+                raise MethodError(
+                    f"{author.name} and {edit.by} both swap {edit.path!r}, so they cannot be used together: "
+                    f"one would silently undo the other. Choose one of them."
+                )
+        lost = [p for p in self.explicit if _covers(full, p) and p != full]
+        if lost:
+            raise MethodError(
+                f"{author.name} replaces {full!r} ({show(old)}), but its option {lost[0]!r} was set; it would be "
+                f"ignored. Leave that option out, or set one of {show(value)}."
+            )
+        if isinstance(value, Piece) and not rest:
+            value = replace(value, slot=piece.slot)
+            new = value
+        else:
+            new = piece.assign(rest, value)
+        return self._put(track, piece, new)._noted("swap", full, f"{show(old)} -> {show(value)}")
+
+    def set(self, path: str, value: Any) -> Method:
+        """Give an option another value, as a user does. A later swap that would lose it is refused."""
+        track, piece, rest = self.locate(path)
+        if not rest:
+            raise MethodError(f"{path!r} is a whole piece; name one of its options. {nearest('', piece.options)}")
+        old = piece.find(rest)
+        if isinstance(old, Piece):
+            raise MethodError(f"{path!r} is the part {old.name!r}; set one of its options: {sorted(old.options)}")
+        full = self._full(track, piece, rest)
+        made = self._put(track, piece, piece.assign(rest, value))._noted("set", full, f"{show(old)} -> {show(value)}")
+        return replace(made, explicit=(*made.explicit, full))
+
+    def wrap(self, path: str, wrapper: Piece) -> Method:
+        """Surround the piece or part at `path`; wraps stack, the last one outermost."""
+        track, piece, rest = self.locate(path)
+        old = piece.find(rest)
+        if not isinstance(old, Piece):
+            raise MethodError(f"only a piece can be wrapped; {path!r} is the value {old!r}")
+        if "inner" not in wrapper.options:
+            raise MethodError(f"{wrapper.name} has no 'inner' option, so it cannot wrap {path!r}")
+        new = replace(wrapper, slot=old.slot, stage=old.stage, options={**wrapper.options, "inner": old})
+        full = self._full(track, piece, rest)
+        return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("wrap", full, wrapper.name)
+
+    def then(self, *pieces: Piece, track: str | None = None) -> Method:
+        """Add pieces after those of the same stage; losses and probes go to `track` (the first one by default)."""
+        made = self
+        for p in pieces:
+            if p.stage in SINGLE:
+                raise MethodError(f"a method has one {p.stage}; use swap({p.stage!r}, ...) to replace it")
+            if any(slot == p.slot for t, slot, _ in made.places() if t in ("", track or made._first(p))):
+                raise MethodError(f"{made.name} already has a piece {p.slot!r}; swap it, or give this one another slot")
+            where = track or made._first(p)
+            made = made._add(p, where)._noted("then", f"{where}:{p.slot}" if where else p.slot, show(p))
+        return made
+
+    def drop(self, path: str) -> Method:
+        """Remove a whole piece."""
+        track, piece, rest = self.locate(path)
+        if rest or piece.stage in SINGLE:
+            raise MethodError(f"{path!r} cannot be dropped; swap it for a neutral value instead")
+        return self._put(track, piece, None)._noted("drop", self._full(track, piece, []), piece.name)
+
+    def on(self, track: str) -> OnTrack:
+        """The same changes, with addresses meant inside one track: `m.on("critic").swap("update", adam(1e-3))`."""
+        return OnTrack(self, self.track(track).name)
+
+    def but(self, **fields: Any) -> Method:
+        """Change `rows`, `passes`, `name`, `phases`, add `copies` or a track; recorded like every other edit."""
+        made = self
+        if "copies" in fields:
+            added = fields.pop("copies")
+            for name, copy in added.items():
+                if self.copies.get(name, copy) != copy:
+                    raise MethodError(f"copy {name!r} is {self.copies[name]} already, and cannot also be {copy}")
+                made = made._noted("then", f"copy {name}", str(copy))
+            made = replace(made, copies={**self.copies, **added})
+        if "track" in fields:
+            track = fields.pop("track")
+            if any(t.name == track.name for t in self.tracks):
+                raise MethodError(f"{self.name} already has a track {track.name!r}")
+            made = replace(made, tracks=(*made.tracks, track))._noted("then", f"track {track.name}", track.trains)
+        for name, value in fields.items():
+            if name not in ("rows", "passes", "name", "phases"):
+                raise MethodError(f"a method has no field {name!r} to change. Known: rows, passes, copies, track, phases")
+            if name in ("rows", "passes") and getattr(made, name) != value:
+                made = made._noted("set", name, f"{getattr(made, name)} -> {value}")
+            made = replace(made, **{name: value})
+        return made
+
+    def track(self, name: str) -> Track:
+        for t in self.tracks:
+            if t.name == name:
+                return t
+        raise MethodError(f"{self.name} has no track {name!r}. {nearest(name, (t.name for t in self.tracks))}")
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+    def _first(self, p: Piece) -> str:
+        return self.tracks[0].name if p.stage in ("loss", "probe") and self.tracks else ""
+
+    def _full(self, track: str, piece: Piece, rest: list[str]) -> str:
+        head = f"{track}:{piece.slot}" if track and len(self.tracks) > 1 else piece.slot
+        return ".".join([head, *rest])
+
+    def _noted(self, kind: str, path: str, text: str) -> Method:
+        return replace(self, edits=(*self.edits, Edit(_AUTHOR.get().name, kind, path, text)))
+
+    def _add(self, p: Piece, track: str) -> Method:
+        if not track:
+            return replace(self, pieces=(*self.pieces, p))
+        tracks = [replace(t, pieces=(*t.pieces, p)) if t.name == track else t for t in self.tracks]
+        return replace(self, tracks=tuple(tracks))
+
+    def _put(self, track: str, old: Piece, new: Piece | None) -> Method:
+        def changed(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+            return tuple(q for q in (new if p is old else p for p in pieces) if q is not None)
+
+        if not track:
+            return replace(self, pieces=changed(self.pieces))
+        tracks = []
+        for t in self.tracks:
+            if t.name == track and t.update is old:
+                assert new is not None
+                t = replace(t, update=new)
+            elif t.name == track:
+                t = replace(t, pieces=changed(t.pieces))
+            tracks.append(t)
+        return replace(self, tracks=tuple(tracks))
+
+
+@dataclass(frozen=True)
+class OnTrack:
+    """`method.on(track)`: each call makes the change there and gives back the whole method."""
+
+    method: Method
+    track: str
+
+    def swap(self, path: str, value: Any) -> Method:
+        return self.method.swap(f"{self.track}:{path}", value)
+
+    def set(self, path: str, value: Any) -> Method:
+        return self.method.set(f"{self.track}:{path}", value)
+
+    def wrap(self, path: str, wrapper: Piece) -> Method:
+        return self.method.wrap(f"{self.track}:{path}", wrapper)
+
+    def drop(self, path: str) -> Method:
+        return self.method.drop(f"{self.track}:{path}")
+
+    def then(self, *pieces: Piece) -> Method:
+        return self.method.then(*pieces, track=self.track)
+
+
+def _names(p: Piece) -> set[str]:
+    """What a piece answers to: its slot, and the name of every wrap around it."""
+    return {p.slot} | ({p.name} | _names(p.inner) if p.inner else set())
+
+
+def _covers(path: str, other: str) -> bool:
+    return other == path or other.startswith(path + ".")
+
+
+def show(value: Any) -> str:
+    """A value as a reader would write it."""
+    if isinstance(value, Piece):
+        inside = ", ".join(f"{k}={show(v)}" for k, v in value.options.items())
+        return f"{value.name}({inside})" if inside else value.name
+    if callable(value) and hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    return repr(value)
+
+
+def diff(a: Method, b: Method) -> list[tuple[str, str, str]]:
+    """What differs, as (address, in `a`, in `b`); "" stands for "not there"."""
+    left, right = a.flatten(), b.flatten()
+    rows = []
+    for path in dict.fromkeys([*left, *right]):
+        x = show(left[path]) if path in left else ""
+        y = show(right[path]) if path in right else ""
+        if x != y:
+            rows.append((path, x.strip("'"), y.strip("'")))
+    return rows

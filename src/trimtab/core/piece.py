@@ -1,0 +1,219 @@
+"""Pieces: the named stage functions that methods are made of.
+
+A piece is a function plus its options plus what it declares: the columns it reads and writes, what it wants from the
+model, the state it keeps, and when it runs. Options may be numbers, schedules (functions of the clock) or other
+pieces, called its *parts*: `surrogate(bound=clip(0.2, 0.2))`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any
+
+from trimtab.core.errors import MethodError, nearest
+
+STAGES = ("act", "collect", "annotate", "credit", "select", "loss", "update", "probe")
+SINGLE = ("collect", "credit", "update")  # one per track: a second one is a swap, not an addition
+# Options that the core itself reads, for pieces of these stages (see core/terms.py).
+RESERVED: dict[str, dict[str, Any]] = {
+    "loss": {"per": "token", "rows": None, "unit": "row"},
+    "credit": {"rows": "policy"},
+    "select": {"rows": "policy"},
+}
+
+
+class Schedule:
+    """A number that depends on the clock. Any numeric option may be one; it is resolved each time the piece runs."""
+
+    def __call__(self, clock: Any) -> float:
+        raise MethodError(f"{type(self).__name__} defines no value for a clock")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stage function with bound options; immutable, compared by value.
+
+    `at`: "batch" runs once per collected batch; "update" sees all rows of one optimiser step, without gradient, before
+    its micro-batches. A *part* with `at="update"` is computed once from all those rows and is a constant afterwards.
+    """
+
+    stage: str
+    name: str
+    fn: Callable[..., Any]
+    slot: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+    wants: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
+    at: str = "batch"
+    state: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None
+    idle: Callable[[Any], Any] | None = None
+    one_gradient: bool = False
+    takes_kit: bool = True
+
+    # -- structure ----------------------------------------------------------------------------------------------
+    @property
+    def parts(self) -> dict[str, Piece]:
+        return {name: value for name, value in self.options.items() if isinstance(value, Piece)}
+
+    @property
+    def inner(self) -> Piece | None:
+        """What a wrap surrounds; None for a plain piece."""
+        inner = self.options.get("inner")
+        return inner if isinstance(inner, Piece) else None
+
+    @property
+    def core(self) -> Piece:
+        """The innermost piece of a stack of wraps."""
+        return self if self.inner is None else self.inner.core
+
+    def walk(self) -> Iterator[Piece]:
+        """This piece and every part below it."""
+        yield self
+        for part in self.parts.values():
+            yield from part.walk()
+
+    def union(self, what: str) -> frozenset[str]:
+        """`reads`, `writes`, `wants` or `uses` of this piece and all its parts."""
+        return frozenset().union(*(getattr(p, what) for p in self.walk()))
+
+    def flatten(self, prefix: str) -> dict[str, Any]:
+        """`path -> value` of this piece, its options and its parts, in order."""
+        rows: dict[str, Any] = {prefix: self.name}
+        for name, value in self.options.items():
+            path = f"{prefix}.{name}"
+            rows |= value.flatten(path) if isinstance(value, Piece) else {path: value}
+        return rows
+
+    # -- changing -----------------------------------------------------------------------------------------------
+    def find(self, path: list[str]) -> Any:
+        """The option or part at a path below this piece; a wrap passes on what it does not own."""
+        if not path:
+            return self
+        owner = self._owner(path[0])
+        value = owner.options[path[0]]
+        if len(path) == 1:
+            return value
+        if not isinstance(value, Piece):
+            raise MethodError(f"{owner.name}.{path[0]} is {value!r}, which has no option {'.'.join(path[1:])!r}")
+        return value.find(path[1:])
+
+    def assign(self, path: list[str], value: Any) -> Piece:
+        """A copy with the option or part at `path` replaced."""
+        owner = self._owner(path[0])
+        if owner is not self:
+            assert self.inner is not None
+            return replace(self, options={**self.options, "inner": self.inner.assign(path, value)})
+        if len(path) > 1:
+            part = self.options[path[0]]
+            if not isinstance(part, Piece):
+                raise MethodError(f"{self.name}.{path[0]} is {part!r}, which has no option {'.'.join(path[1:])!r}")
+            value = part.assign(path[1:], value)
+        return replace(self, options={**self.options, path[0]: value}).checked()
+
+    def _owner(self, name: str) -> Piece:
+        if name in self.options:
+            return self
+        if self.inner is not None:
+            return self.inner._owner(name)
+        raise MethodError(f"{self.name} has no option {name!r}. {nearest(name, self.options)}")
+
+    def checked(self) -> Piece:
+        """This piece, or MethodError when its options contradict each other."""
+        problem = self.validate(self.options) if self.validate else None
+        if problem:
+            raise MethodError(f"{self.name}: {problem}")
+        return self
+
+    # -- running ------------------------------------------------------------------------------------------------
+    def __call__(self, kit: Any, *args: Any) -> Any:
+        """Run with these options: schedules resolved, parts bound to the same kit."""
+        if self.stage == "part" and self.at == "update":
+            return kit.once(self, partial(self._run, kit, *args))
+        return self._run(kit, *args)
+
+    def _run(self, kit: Any, *args: Any) -> Any:
+        kit = kit.of(self)
+        reserved = RESERVED.get(self.stage, ())
+        options = {}
+        for name, value in self.options.items():
+            if name in reserved:
+                continue
+            if isinstance(value, Piece):
+                value = partial(value, kit)
+            elif isinstance(value, Schedule):
+                value = value(kit.clock)
+            options[name] = value
+        return self.fn(kit, *args, **options) if self.takes_kit else self.fn(*args, **options)
+
+
+def piece(
+    stage: str,
+    *,
+    slot: str | None = None,
+    reads: tuple[str, ...] = (),
+    writes: tuple[str, ...] = (),
+    wants: tuple[str, ...] = (),
+    uses: tuple[str, ...] = (),
+    at: str = "batch",
+    state: Mapping[str, Callable[..., Any]] | None = None,
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None,
+    idle: Callable[[Any], Any] | None = None,
+    one_gradient: bool = False,
+    **reserved: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Piece]]:
+    """Make a stage function into a piece factory: calling it binds options, by keyword or in written order.
+
+    stage: one of `STAGES`, or "part" for what lives inside another piece.
+    slot: its address in a method; the stage itself for collect, credit and update, else the function's name.
+    reads, writes: columns. wants: what `evaluate` of the track's model must return. uses: other models, by name.
+    state: `{key: make(kit, options)}`, built when a run begins; pieces of one track that declare one key share it.
+    validate: `options -> sentence` when they contradict each other. idle: `batch -> bool [N]`, rows for which a loss and
+    its gradient are exactly zero, so that the forward pass may skip them. one_gradient: an update that asks for one
+    gradient, at the current parameters, and nothing else. reserved: defaults of the options that the core reads (`per`, `rows`, `unit` of a loss).
+    """
+    if stage not in (*STAGES, "part"):
+        raise MethodError(f"{stage!r} is not a stage. {nearest(stage, (*STAGES, 'part'))}")
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Piece]:
+        parameters = inspect.signature(fn).parameters
+        own = {n: p.default for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        defaults = {**own, **{**RESERVED.get(stage, {}), **reserved}}
+        prototype = Piece(
+            stage=stage,
+            name=fn.__name__,
+            fn=fn,
+            slot=slot or (stage if stage in SINGLE else fn.__name__),
+            reads=frozenset(reads),
+            writes=frozenset(writes),
+            wants=frozenset(wants),
+            uses=frozenset(uses),
+            at=at,
+            state=dict(state or {}),
+            validate=validate,
+            idle=idle,
+            one_gradient=one_gradient,
+            takes_kit=next(iter(parameters), None) == "kit",
+        )
+
+        @wraps(fn)
+        def make(*args: Any, **options: Any) -> Piece:
+            given = dict(zip(defaults, args)) | options
+            unknown = [n for n in given if n not in defaults]
+            if unknown or len(args) > len(defaults):
+                what = unknown[0] if unknown else str(args[len(defaults)])
+                raise MethodError(f"{fn.__name__} has no option {what!r}. {nearest(what, defaults)}")
+            values = {n: given.get(n, default) for n, default in defaults.items()}
+            missing = [n for n, v in values.items() if v is inspect.Parameter.empty and n != "inner"]
+            if missing:
+                raise MethodError(f"{fn.__name__} needs a value for its option {missing[0]!r}")
+            return replace(prototype, options=values).checked()
+
+        return make
+
+    return decorate

@@ -1,0 +1,184 @@
+"""The registry of methods: by name, paper id and alias; and expressions such as `d3s+bapo`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.core.errors import MethodError, nearest
+from trimtab.core.method import Method, authored_by, diff, show
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """The options at which a method is its base.
+
+    level: "exact" (bitwise), "rounding" (float64 to 1e-9), or "law", where `why` states the card's reduction.
+    base_options: options of the base it is compared with.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    level: str = "exact"
+    why: str = ""
+    base_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A registered method: a function of its base, plus what is known about it. Call it to build a `Method`.
+
+    `bapo()` stands on its declared base, `bapo(dapo())` on another; `a + b` is `a(b())`.
+    """
+
+    name: str
+    fn: Callable[..., Method]
+    world: str
+    title: str
+    case: str
+    arxiv: str = ""
+    base: Definition | None = None
+    aliases: tuple[str, ...] = ()
+    claim: str = ""
+    neutral: Neutral | None = None
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    confusable: str = ""
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.fn) or ""
+
+    @property
+    def lineage(self) -> frozenset[str]:
+        return frozenset() if self.base is None else self.base.lineage | {self.base.name}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Option names and defaults."""
+        own = inspect.signature(self.fn).parameters.values()
+        return {p.name: p.default for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def __call__(self, base: Method | None = None, /, *, preset: str | None = None, **options: Any) -> Method:
+        if preset is not None:
+            if preset not in self.presets:
+                raise MethodError(f"{self.name} has no preset {preset!r}. {nearest(preset, self.presets)}")
+            options = {**self.presets[preset], **options}
+        for name in options:
+            if name not in self.parameters:
+                raise MethodError(f"{self.name} has no option {name!r}. {nearest(name, self.parameters)}")
+        if base is not None and self.base is None:
+            raise MethodError(f"{self.name} is a method of its own and changes no base, so it cannot stand before '+'")
+        base = base if base is not None else self.base() if self.base else None
+        made = self._build(base, options)
+        changed = {n: v for n, v in options.items() if show(v) != show(self.parameters[n])}
+        explicit = list(made.explicit)
+        for name in changed:
+            without = self._build(base, {k: v for k, v in options.items() if k != name})
+            paths = [path for path, _, _ in diff(without, made)]
+            if not paths:
+                raise MethodError(
+                    f"{self.name}({name}={show(options[name])}) changes nothing in the method that it builds with "
+                    f"the other options given, so it would be ignored. Leave it out."
+                )
+            explicit += paths
+        name = self.name
+        if base is not None and self.base is not None and base.name != self.base.name:
+            name = f"{self.name}+{base.name}"
+        return replace(made, name=name, explicit=tuple(dict.fromkeys(explicit)))
+
+    def _build(self, base: Method | None, options: dict[str, Any]) -> Method:
+        with authored_by(self.name, self.lineage):
+            return self.fn(**options) if base is None else self.fn(base, **options)
+
+    def __add__(self, other: Definition) -> Method:
+        return self(other())
+
+
+_METHODS: dict[str, Definition] = {}
+
+
+def method(
+    *,
+    world: str,
+    title: str,
+    case: str,
+    base: Definition | None = None,
+    register: bool = True,
+    **facts: Any,
+) -> Callable[[Callable[..., Method]], Definition]:
+    """Register a function `fn(base, *, options) -> Method` (or `fn(*, options)` for a base) under its own name.
+
+    case: the smallest environment and models to run it on (see `trimtab.methods.cases`); the laws run there.
+    """
+
+    def decorate(fn: Callable[..., Method]) -> Definition:
+        made = Definition(name=fn.__name__, fn=fn, world=world, title=title, case=case, base=base, **facts)
+        if base is not None and made.neutral is None:
+            raise MethodError(f"{made.name} changes {base.name}, so it must declare the options at which it is {base.name}")
+        if register:
+            for key in (made.name, *made.aliases, *([made.arxiv] if made.arxiv else [])):
+                if key in _METHODS:
+                    raise MethodError(f"two methods answer to {key!r}: {_METHODS[key].title} and {title}. Rename one.")
+                _METHODS[key] = made
+        return made
+
+    return decorate
+
+
+def methods() -> dict[str, Definition]:
+    """All registered methods by name, in order of registration."""
+    import trimtab.methods  # noqa: F401  registering happens on import
+
+    return {key: d for key, d in _METHODS.items() if key == d.name}
+
+
+def find(name: str) -> Definition:
+    """A method by name, alias or arXiv id."""
+    known = methods()
+    if name in _METHODS:
+        return _METHODS[name]
+    raise MethodError(f"there is no method {name!r}. {nearest(name, known)}")
+
+
+def parse(expression: str) -> Method:
+    """Build `a+b(option=value)+c`: each method applied to the one on its right.
+
+    Values are Python literals. Raises MethodError with the place of the mistake.
+    """
+    try:
+        node = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError as e:
+        raise MethodError(
+            f"cannot read the method expression {expression!r} (column {e.offset}); "
+            f"write names joined by '+', with options in brackets: d3s+bapo(target=0.5)"
+        ) from None
+    calls: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        calls.insert(0, node.right)
+        node = node.left
+    calls.insert(0, node)
+    built: Method | None = None
+    for call in reversed(calls):
+        name, options = _call(call, expression)
+        built = find(name)(built, **options)
+    assert built is not None
+    return built
+
+
+def _call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = {}
+    if isinstance(node, ast.Call):
+        try:
+            options = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+        except ValueError:
+            raise MethodError(f"options in {expression!r} must be plain values: numbers, 'text', True, None") from None
+        if node.args:
+            raise MethodError(f"options in {expression!r} must be named: {ast.unparse(node.func)}(option=value)")
+        node = node.func
+    if isinstance(node, ast.Name):
+        return node.id, options
+    if isinstance(node, ast.Constant):  # an arXiv id reads as a number
+        return str(ast.get_source_segment(expression.strip(), node)), options
+    raise MethodError(f"{ast.unparse(node)!r} in {expression!r} is not the name of a method")

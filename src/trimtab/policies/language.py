@@ -1,0 +1,373 @@
+"""A language model as a policy: its decisions are the response tokens, its observation the text before them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from trimtab.core.batch import Batch
+from trimtab.core.errors import TrimtabError, nearest
+from trimtab.policies.decoders import ModuleDecoder
+from trimtab.policies.llama_decoder import LlamaDecoder
+from trimtab.policies.sampler import LocalSampler
+
+# Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
+LOGITS_AT_ONCE = 2**25
+
+
+class PolicyError(TrimtabError):
+    """A policy cannot be loaded, or is asked for what it cannot give."""
+
+
+class LanguagePolicy(nn.Module):
+    """A causal language model of transformers (or peft around one), its tokenizer, and a sampler of its own.
+
+    model: parameters in float32 (float64 for exact tests). compute: bfloat16 runs the forward under autocast, else
+    the parameters' dtype. chat: whether `encode` puts a plain string into the tokenizer's chat template.
+
+    `state_dict` holds what can learn: every parameter (tied ones once), or the adapter alone where there is one.
+    Dropout stays off in `train()` too: a log-probability that changes between two readings breaks every ratio.
+    """
+
+    provides: frozenset[str] = frozenset({"logp", "entropy", "hidden"})
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False
+    ) -> None:
+        super().__init__()
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise PolicyError(f"chat=True, but the tokenizer of {name!r} has no chat template; give chat=False")
+        self.model: Any = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.source = source
+        self.chat = chat
+        self.autocast = compute == torch.bfloat16
+        self.wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+        self.ends = _ends(self.causal, tokenizer)
+        self.fill: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
+        self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.device, self.wide)
+        self._working = _Working()
+        self._plain_head: bool | None = None
+        self._left_out = _left_out(self)
+        self.register_state_dict_post_hook(_drop_left_out)
+        self.register_load_state_dict_post_hook(_forgive_left_out)
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model itself, inside the adapter's wrapper if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def lora(self) -> int:
+        """Rank of the adapter, 0 without one."""
+        configs = getattr(self.model, "peft_config", None)
+        return next(iter(configs.values())).r if configs else 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> LanguagePolicy:
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    # -- text ---------------------------------------------------------------------------------------------------
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a prompt. A string is one user message when `chat`, else plain text; a list is a chat.
+
+        Raises `PolicyError` for a list of messages when the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str) and not self.chat:
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise PolicyError(f"{self.name!r} has no chat template, so a prompt is plain text, not a list of messages")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of these ids, without special tokens."""
+        return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+    def evaluate(self, batch: Batch, want: set[str]) -> dict[str, Tensor]:
+        """What the policy thinks now of the decisions in `batch`, with gradient.
+
+        Reads prompt long `[N, P]` (left padded), prompt_mask bool `[N, P]`, action long `[N, T]` (right padded), mask
+        `[N, T]`, and, if there, temperature `[N]` > 0. A decision with mask 0 before the last one with mask 1 is
+        context (a tool's words). Returns, 0 where mask is 0: logp `[N, T]` = log softmax(logits / temperature)[action],
+        entropy `[N, T]` of that whole distribution in nats, hidden `[N, T, H]` the state each decision is read from.
+        float32, or float64 for a float64 policy; independent of padding and of which rows are together, to rounding.
+
+        Raises `PolicyError` for an unknown want, an empty prompt, or a temperature that is not positive.
+        """
+        unknown = set(want) - self.provides
+        if unknown:
+            raise PolicyError(f"a language policy cannot give {sorted(unknown)[0]!r}. " + nearest("", self.provides))
+        mask = batch["mask"].to(self.device).bool()
+        rows = mask.any(1).nonzero().squeeze(1)
+        shape = {"hidden": (*mask.shape, self.causal.config.get_text_config().hidden_size)}
+        empty = {name: torch.zeros(shape.get(name, mask.shape), dtype=self.wide, device=self.device) for name in want}
+        if len(rows) == 0:
+            return empty
+        view = self._view(batch, mask, rows)
+        tokens = batch["action"].to(self.device)[mask]
+        inverse = self._inverse_temperature(batch, mask)
+        with self._narrow():
+            values = self._values(view, tokens, inverse, set(want))
+        where = {"hidden": mask[..., None]}
+        return {name: empty[name].masked_scatter(where.get(name, mask), values[name]) for name in want}
+
+    def _view(self, batch: Batch, mask: Tensor, rows: Tensor) -> _View:
+        """What the forward has to read: columns that are padding in every row and rows without a decision stay out."""
+        last = int(mask.any(0).nonzero().max()) + 1
+        attend = batch["prompt_mask"].to(self.device).bool()[rows]
+        if not attend.any(1).all():
+            raise PolicyError("a row has an empty prompt; the first decision needs at least one token before it")
+        first = int(attend.any(0).nonzero().min())
+        prompt = batch["prompt"].to(self.device)[rows, first:]
+        action = batch["action"].to(self.device)[rows, : last - 1]  # nothing follows the last token
+        return _View(prompt, attend[:, first:], action, mask[rows, :last])
+
+    def _inverse_temperature(self, batch: Batch, mask: Tensor) -> Tensor | None:
+        """1 / temperature of every decision, `[M]`; None when all are 1."""
+        if "temperature" not in batch:
+            return None
+        temperature = batch["temperature"].to(self.device, self.wide)
+        if not (temperature > 0).all():
+            raise PolicyError("the temperature column has a value that is not positive; greedy rows are evaluated at 1")
+        if (temperature == 1).all():
+            return None
+        return (1 / temperature)[:, None].expand(mask.shape)[mask]
+
+    def _values(
+        self, view: _View, tokens: Tensor, inverse: Tensor | None, want: set[str]
+    ) -> dict[str, Tensor]:
+        head, out = self._head(view.prompt), {}
+        if head is not None or want == {"hidden"}:
+            states = self._states(view)[view.picked]
+        else:
+            inputs, last = self._inputs(view.ids, view.attend_all), view.picked.shape[1]
+            got = self.causal(**inputs, **_last_logits(self.causal, last), output_hidden_states="hidden" in want)
+            states, head = got.logits[:, -last:][view.picked], _same
+            if "hidden" in want:
+                out["hidden"] = got.hidden_states[-1][:, -last:][view.picked].to(self.wide)
+        if "hidden" in want and "hidden" not in out:
+            out["hidden"] = states.to(self.wide)
+        if want & {"logp", "entropy"}:
+            assert head is not None
+            out |= self._read(head, states, tokens, inverse, "entropy" in want)
+        return out
+
+    def _states(self, view: _View) -> Tensor:
+        """The last hidden state before each decision, `[n, last, H]`. A prompt that rows share is read once."""
+        trunk, last = self.causal.base_model, view.picked.shape[1]
+        prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
+        cache = DynamicCache(config=self.causal.config)
+        if len(prompts) == len(owner) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:]
+        attend, ids = prompts >= 0, prompts.clamp_min(0)
+        read = trunk(**self._inputs(ids, attend, cache)).last_hidden_state[:, -1:][owner]
+        if last == 1:
+            return read
+        cache.batch_select_indices(owner)
+        rest = trunk(**self._inputs(view.action, view.attend_all, cache)).last_hidden_state
+        return torch.cat([read, rest], 1)
+
+    def _inputs(self, ids: Tensor, attend: Tensor, cache: DynamicCache | None = None) -> dict[str, Any]:
+        """Arguments of a forward over `ids`, the last places of `attend`."""
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if not attend.all():
+            # Without a mask attention takes its faster causal path.
+            inputs["attention_mask"] = attend.long()
+        if "position_ids" in inspect.signature(self.causal.forward).parameters:
+            inputs["position_ids"] = (attend.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        return inputs
+
+    def _read(
+        self, head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, inverse: Tensor | None, entropy: bool
+    ) -> dict[str, Tensor]:
+        """Log-probability (and entropy) of `M` decisions from the states before them, some tokens at a time."""
+
+        def part(x: Tensor, token: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            logits = head(x).to(self.wide)
+            if scale is not None:
+                logits = logits * scale[:, None]
+            total = logits.logsumexp(-1)
+            logp = logits.gather(1, token[:, None]).squeeze(1) - total
+            return logp, total - (logits.softmax(-1) * logits).sum(-1) if entropy else None
+
+        vocabulary = self.causal.config.get_text_config().vocab_size
+        step = max(1, LOGITS_AT_ONCE // vocabulary)
+        parts = []
+        for i in range(0, len(tokens), step):
+            some = (states[i : i + step], tokens[i : i + step], None if inverse is None else inverse[i : i + step])
+            # More than one part: keep none of their logits for the backward, compute them again there.
+            again = len(tokens) > step and torch.is_grad_enabled()
+            parts.append(checkpoint(part, *some, use_reentrant=False) if again else part(*some))
+        out = {"logp": torch.cat([logp for logp, _ in parts])}
+        if entropy:
+            out["entropy"] = torch.cat([h for _, h in parts if h is not None])
+        return out
+
+    @torch.no_grad()
+    def _head(self, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The output layer, if logits are that layer of the last state and no more (no cap, no scale); else None."""
+        head = self.causal.get_output_embeddings()
+        if self._plain_head is None:
+            # Asked of the model itself, once: no list of architectures can be complete.
+            probe = ids[:1, -4:]
+            state = self.causal.base_model(input_ids=probe, use_cache=False).last_hidden_state
+            logits = self.causal(input_ids=probe, use_cache=False).logits
+            self._plain_head = head is not None and torch.equal(head(state), logits)
+        return head if self._plain_head else None
+
+    def _narrow(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+    # -- sampling -----------------------------------------------------------------------------------------------
+    def touch(self) -> None:
+        """Say that parameters changed in a way torch cannot see (through `.data` or numpy)."""
+        self._working.touched = True
+
+    def _decoder(self) -> ModuleDecoder | LlamaDecoder:
+        working, stamp = self._working, _stamp(self.model.parameters())
+        if working.decoder is None:
+            kind = LlamaDecoder if LlamaDecoder.fits(self.causal) else ModuleDecoder
+            working.decoder = kind(self.causal, self.autocast)
+        elif working.touched or stamp != working.stamp:
+            working.decoder.refresh()
+        working.stamp, working.touched = stamp, False
+        return working.decoder
+
+    # -- files --------------------------------------------------------------------------------------------------
+    def save(self, folder: Path | str) -> None:
+        """Write an ordinary folder: `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load it.
+
+        With an adapter the folder holds the adapter alone and names its base; a base without files goes into `base/`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora and not self.source:
+            base = folder / "base"
+            self._plain_copy().save_pretrained(base)
+            self.tokenizer.save_pretrained(base)
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = str(base.resolve())
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _plain_copy(self) -> nn.Module:
+        """The base model without the adapter."""
+        state = {
+            name.replace(".base_layer", ""): value
+            for name, value in self.causal.state_dict().items()
+            if ".lora_" not in name
+        }
+        plain = type(self.causal)(self.causal.config).to(self.wide)
+        plain.load_state_dict(state)
+        return plain
+
+    def describe(self) -> dict[str, Any]:
+        """What a run writes down: name, source, parameters, trainable, dtype, compute, lora, chat."""
+        parameters = list(self.model.parameters())
+        return {
+            "name": self.name,
+            "source": self.source,
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "dtype": str(self.wide).removeprefix("torch."),
+            "compute": "bfloat16" if self.autocast else str(self.wide).removeprefix("torch."),
+            "lora": self.lora,
+            "chat": self.chat,
+        }
+
+
+@dataclass(frozen=True)
+class _View:
+    """The part of a batch that a forward reads: prompt and attend `[n, P]`, action `[n, last - 1]`, picked `[n, last]`."""
+
+    prompt: Tensor
+    attend: Tensor
+    action: Tensor
+    picked: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.cat([self.prompt, self.action], 1)
+
+    @property
+    def attend_all(self) -> Tensor:
+        return torch.cat([self.attend, torch.ones_like(self.action, dtype=torch.bool)], 1)
+
+
+class _Working:
+    """The decoder and what it was made from. A copied policy starts without one: it would hold the old weights."""
+
+    def __init__(self) -> None:
+        self.decoder: ModuleDecoder | LlamaDecoder | None = None
+        self.stamp: tuple[Any, ...] = ()
+        self.touched = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Working:
+        return _Working()
+
+
+@torch.no_grad()
+def _stamp(parameters: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when parameters do: torch's own counters, and a few numbers of each for writes it cannot see."""
+    held = list(parameters)
+    few = torch.cat([p.detach().flatten()[:: max(1, p.numel() // 8)] for p in held]).tolist()
+    return ([(p.data_ptr(), p._version) for p in held], few)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _last_logits(model: nn.Module, last: int) -> dict[str, int]:
+    return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that finish a response: those of the generation config and the tokenizer's own."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise PolicyError("neither the model nor its tokenizer names an end token; set tokenizer.eos_token first")
+    return sorted(ids)
+
+
+def _left_out(policy: LanguagePolicy) -> frozenset[str]:
+    """Names that `state_dict` leaves out: frozen ones beside an adapter, and second names of a tied parameter."""
+    seen: set[int] = set()
+    out = set()
+    for name, p in policy.named_parameters(remove_duplicate=False):
+        if id(p) in seen or (policy.lora and not p.requires_grad):
+            out.add(name)
+        seen.add(id(p))
+    return frozenset(out)
+
+
+def _drop_left_out(policy: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in policy._left_out:
+        state.pop(prefix + name, None)
+
+
+def _forgive_left_out(policy: Any, keys: Any) -> None:
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not any(k.endswith(n) for n in policy._left_out)]

@@ -1,0 +1,104 @@
+"""Intervals for the means a run reports: no reward is shown without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from trimtab.core.errors import TrimtabError
+
+# Index entries drawn at once by the bootstrap; bounds its memory at about 8 MB whatever the number of values.
+_CHUNK = 1_000_000
+
+
+class IntervalError(TrimtabError):
+    """An interval was asked of numbers that have none."""
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion: `(low, high)`, both in [0, 1].
+
+        centre = (k + z^2/2) / (n + z^2)
+        half   = z / (n + z^2) * sqrt(k (n - k) / n + z^2/4)
+
+    with `z` the normal quantile at `(1 + level) / 2`. Unlike `p +- z se` it never leaves [0, 1] and keeps a width at
+    0 of n and n of n. With `n` = 0 nothing is known: `(0, 1)`.
+
+    successes: `k` in [0, n]; n: trials, >= 0; level: coverage in (0, 1).
+    Raises `IntervalError` outside these ranges.
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    _check_level(level)
+    if n < 0 or not 0 <= successes <= n:
+        raise IntervalError(f"wilson got {successes} successes of {n} trials; give 0 <= successes <= n")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(successes * (n - successes) / n + z * z / 4)
+    # At k = 0 and k = n the two terms are equal on paper; rounding must not leave [0, 1] or exclude the proportion.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """The mean and its percentile bootstrap interval: `(mean, low, high)`, in the units of the values.
+
+        low, high = quantiles (1 -+ level) / 2 of mean(x[i_1], ..., x[i_n]),  i ~ uniform with replacement
+
+    Deterministic in `seed`; the global numpy stream is not touched. One value says nothing about its spread: low and
+    high are nan. Equal values give an interval of width 0, so use `wilson` (or `mean_interval`) for right-or-wrong.
+
+    values: [n] finite, any range, n >= 1; level: coverage in (0, 1); resamples: >= 100.
+    Raises `IntervalError` for no values, a value that is not finite, or options out of range.
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    """
+    _check_level(level)
+    x = _finite(values)
+    if resamples < 100:
+        raise IntervalError(f"bootstrap_mean got resamples={resamples}; its quantiles need at least 100")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return mean, math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, _CHUNK // len(x))
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        means[start:stop] = x[rng.integers(0, len(x), (stop - start, len(x)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return mean, float(low), float(high)
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """`(mean, low, high)` by the interval that suits the values: `wilson` if all are 0 or 1, else `bootstrap_mean`.
+
+    values: [n] finite, n >= 1; level: coverage in (0, 1). Raises `IntervalError` as those do.
+    """
+    x = _finite(values)
+    if np.isin(x, (0.0, 1.0)).all():
+        return float(x.mean()), *wilson(float(x.sum()), len(x), level)
+    return bootstrap_mean(x, level, seed)
+
+
+def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    x = np.asarray(values, dtype=np.float64).ravel()
+    if len(x) == 0:
+        raise IntervalError("a mean was asked of no values; give at least one")
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x)).sum())
+        raise IntervalError(f"{bad} of {len(x)} values are nan or infinite; drop or repair them before taking a mean")
+    return x
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise IntervalError(f"level={level} is not a coverage; give a number between 0 and 1, such as 0.95")

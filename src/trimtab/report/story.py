@@ -1,0 +1,174 @@
+"""What a run achieved, in words: the headline of the page and its first facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from trimtab.report.keys import look_up
+from trimtab.report.words import count, duration, interval, is_number, number, percent
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: its mean, interval (None where unknown), number of problems and turn."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int | None
+    turn: float | None
+
+
+@dataclass(frozen=True)
+class Story:
+    """The headline (numbers marked `**so**`), a remark under it, and the evaluations it compares."""
+
+    headline: str
+    remark: str
+    before: Point | None
+    after: Point | None
+    share: bool
+    measure: str
+
+
+def tell(config: Record, history: Sequence[Record], evaluations: Sequence[Record]) -> Story:
+    """The story of a run, from as much of its record as there is."""
+    points = [p for p in map(_point, evaluations) if p is not None]
+    share = bool(points) and all(0 <= p.mean <= 1 for p in points)
+    measure = _measure(points, evaluations, share)
+    remark = _progress(config, history)
+    if len(points) >= 2:
+        before, after = points[0], points[-1]
+        verb, doubt = _verb(before, after)
+        where = f"{measure} on {_problems(after.n)}"
+        spent = _spent([r for r in evaluations if is_number(r.get("mean"))][-1:])
+        text = f"{where} {verb} from {_say(before, share)} to {_say(after, share)} {spent}."
+        return Story(_capital(text), " ".join(filter(None, [doubt, remark])), before, after, share, measure)
+    if points:
+        text = f"{measure} on {_problems(points[0].n)} was {_say(points[0], share)} before training."
+        more = "It has not been evaluated since." if history else "No turn has been recorded yet."
+        if history:
+            text = f"{text} {_training(history)}"
+        return Story(_capital(text), " ".join(filter(None, [more, remark])), points[0], None, share, measure)
+    none = "No held-out evaluation was recorded, so this says nothing about problems it did not train on."
+    text = _training(history)
+    if not text:
+        text, none = (
+            "This run has recorded nothing yet." if not history else f"Ran {_spent(history)}, without a reward.",
+            "",
+        )
+    return Story(text, " ".join(filter(None, [none, remark])), None, None, share, measure)
+
+
+def target(config: Record) -> tuple[float, str] | None:
+    """How long the run was to be, `(n, unit)`, from `until` (a number of turns, or `{unit: n}`)."""
+    until = config.get("until", config.get("turns"))
+    if is_number(until):
+        return float(until), "turns"
+    if isinstance(until, Mapping):
+        for unit, n in until.items():
+            if is_number(n):
+                return float(n), str(unit)
+    return None
+
+
+def facts(config: Record, history: Sequence[Record]) -> list[tuple[str, str]]:
+    """Short labels and values for the top of the page; what the record lacks is left out."""
+    last = history[-1] if history else {}
+    out = [(key, _named(config.get(key))) for key in ("method", "policy", "seed")]
+    for key in ("turn", "updates", "rows", "decisions"):
+        if is_number(last.get(key)):
+            out.append(("turns" if key == "turn" else key, f"{int(last[key]):,}"))
+    if is_number(last.get("seconds")):
+        out.append(("training time", duration(last["seconds"])))
+    out.append(("environment", _named(config.get("environment"))))
+    return [(label, value) for label, value in out if value]
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Mapping):
+        for key in ("name", "spec", "source"):
+            if value.get(key):
+                return str(value[key])
+        return ""
+    return "" if value is None or isinstance(value, list) else str(value)
+
+
+def _point(record: Record) -> Point | None:
+    if not is_number(record.get("mean")):
+        return None
+    low, high, n, turn = (record.get(k) if is_number(record.get(k)) else None for k in ("low", "high", "n", "turn"))
+    return Point(float(record["mean"]), low, high, None if n is None else int(n), turn)
+
+
+def _measure(points: Sequence[Point], evaluations: Sequence[Record], share: bool) -> str:
+    last = evaluations[-1] if evaluations else {}
+    if isinstance(last.get("measure"), str) and last["measure"]:
+        return str(last["measure"])
+    # Every mean a whole number of problems: rewards were right or wrong, and their mean is an accuracy.
+    whole = all(p.n and abs(p.mean * p.n - round(p.mean * p.n)) < 1e-6 for p in points)
+    name = "accuracy" if share and whole else "mean reward"
+    greedy = last.get("greedy") is True or last.get("temperature") == 0
+    return f"greedy {name}" if greedy else name
+
+
+def _verb(before: Point, after: Point) -> tuple[str, str]:
+    if None in (before.low, before.high, after.low, after.high):
+        return "went", ""
+    if after.low > before.high:  # type: ignore[operator]
+        return "rose", ""
+    if after.high < before.low:  # type: ignore[operator]
+        return "fell", ""
+    return "went", "The intervals overlap: these problems are too few to tell a change from chance."
+
+
+def _say(point: Point, share: bool) -> str:
+    value = percent(point.mean) if share else number(point.mean)
+    return f"**{value}** {interval(point.low, point.high, share)}".rstrip()
+
+
+def _problems(n: int | None) -> str:
+    return "held-out problems" if n is None else count(n, "held-out problem")
+
+
+def _training(history: Sequence[Record]) -> str:
+    rewards = [r for r in (look_up(record, "reward") for record in history) if r is not None]
+    if not rewards:
+        return ""
+    few = max(1, min(5, len(rewards) // 2))
+    first, last = fmean(rewards[:few]), fmean(rewards[-few:])
+    spent = _spent(history)
+    if len(rewards) == 1:
+        return f"The reward while training was **{number(first)}** in its first turn."
+    said = f"**{number(first)}** to **{number(last)}** (means of {count(few, 'turn')} at either end)"
+    return f"The reward while training went from {said} {spent}."
+
+
+def _spent(records: Sequence[Record]) -> str:
+    turns = [r["turn"] for r in records if is_number(r.get("turn"))]
+    seconds = [r["seconds"] for r in records if is_number(r.get("seconds"))]
+    parts = [f"in {count(int(max(turns)), 'turn')}" if turns else "in this run"]
+    if seconds and max(seconds) > 0:
+        parts.append(duration(max(seconds)))
+    return ", ".join(parts)
+
+
+def _progress(config: Record, history: Sequence[Record]) -> str:
+    goal = target(config)
+    if goal is None or not history:
+        return ""
+    n, unit = goal
+    last = history[-1]
+    done = last.get(unit, last.get(unit.rstrip("s")))
+    if not is_number(done) or done >= n:
+        return ""
+    return f"This is not the end of the run: {number(done)} of {number(n)} {unit} are recorded so far."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

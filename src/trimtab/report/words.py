@@ -1,0 +1,68 @@
+"""How numbers are said: one spelling for the page, the terminal and the diagnosis."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeGuard
+
+WHY_LOSS_IS_ZERO = (
+    "A policy loss near 0 is normal: advantages are centred and the ratio starts at 1, so the terms cancel; the "
+    "gradient does not. Watch the reward."
+)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether this is a finite int or float (bools are not numbers here)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: float) -> str:
+    """Three significant digits, plain where that reads well: 0.0123, 4.56, 1,234, 1.2e-06."""
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    size = abs(value)
+    if value == int(value) and size < 1e6:
+        return f"{int(value):,}"
+    if size >= 1e6 or size < 1e-3:
+        return f"{value:.2g}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share in words: 0.14 -> 14%; below 1% one more digit."""
+    points = 100 * value
+    if 0 < abs(points) < 1:
+        return f"{points:.1f}%"
+    return f"{points:.0f}%"
+
+
+def interval(low: Any, high: Any, share: bool = False) -> str:
+    """`[7, 26]` for shares (in percent), `[0.35, 0.47]` otherwise; empty when either end is unknown."""
+    if not (is_number(low) and is_number(high)):
+        return ""
+    if share:
+        return f"[{100 * low:.0f}, {100 * high:.0f}]"
+    return f"[{low:.2f}, {high:.2f}]" if max(abs(low), abs(high)) < 1000 else f"[{number(low)}, {number(high)}]"
+
+
+def duration(seconds: float) -> str:
+    """0.42 s, 12 s, 4 min 10 s, 1 h 05 min, 2 d 03 h."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "unknown time"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def count(n: int, one: str, many: str | None = None) -> str:
+    """`1 turn`, `2 turns`."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -1,0 +1,143 @@
+"""Where experience comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.batch import Batch
+from trimtab.core.errors import EnvironmentFailure
+from trimtab.core.kit import Kit
+from trimtab.core.piece import piece
+from trimtab.core.terms import SOURCES
+
+TEXT_COLUMNS = (
+    "prompt", "prompt_mask", "action", "mask", "reward", "terminated", "truncated", "logp_behavior", "temperature",
+    "group", "episode", "turn", "source", "age", "question", "response",
+)  # fmt: skip
+
+
+def first_id(kit: Any, options: Mapping[str, Any]) -> dict[str, int]:
+    """Where ids start: groups and episodes are numbered once for the whole run."""
+    return {"group": 0, "episode": 0}
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids `[N, P]` padded on the left, and their mask."""
+    width = max(len(r) for r in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, r in enumerate(rows):
+        ids[i, width - len(r) :] = torch.tensor(r, dtype=torch.long)
+        mask[i, width - len(r) :] = True
+    return ids, mask
+
+
+@piece("collect", writes=TEXT_COLUMNS, state={"ids": first_id})
+def rollouts(
+    kit: Kit,
+    *,
+    prompts: int = 8,
+    group: int = 8,
+    new_tokens: int = 16,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Batch:
+    """`prompts x group` responses of the policy, scored by the environment; N rows, T = the longest response.
+
+    prompts: problems per batch. group: responses per problem. new_tokens: longest response. temperature, top_k, top_p:
+    how tokens are drawn; 0 and 1.0 switch the last two off. A response whose reward failed leaves the batch, counted in
+    the log as `failures`: a failure is not a reward of 0. Raises EnvironmentFailure when none is left.
+    """
+    from trimtab.policies.sampler import Sampling
+
+    policy = kit.actor("policy")
+    problems = kit.environment.draw(prompts)
+    encoded = [policy.encode(p.prompt) for p in problems]
+    seeds = torch.randint(2**62, (prompts * group,), generator=kit.rng("rollout"))
+    sampling = Sampling(new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    made = policy.sampler.sample(encoded, group, seeds, sampling)
+    asked = [p for p in problems for _ in range(group)]
+    texts = [policy.decode(t[m].tolist()) for t, m in zip(made.tokens, made.mask)]
+    scores = kit.environment.score(asked, texts)
+    good = torch.tensor([isinstance(s, float) for s in scores])
+    kit.log("failures", 1 - good.double().mean())
+    if not bool(good.any()):
+        raise EnvironmentFailure(f"every reward of this batch failed, for example: {scores[0]}")
+    n = len(asked)
+    prompt, prompt_mask = left_padded([ids for ids in encoded for _ in range(group)])
+    last = torch.arange(made.mask.shape[1]) == made.mask.sum(1, keepdim=True) - 1
+    score = torch.tensor([s if isinstance(s, float) else float("nan") for s in scores], dtype=made.logp.dtype)
+    ids = kit.state["ids"]
+    batch = Batch(
+        {
+            "prompt": prompt,
+            "prompt_mask": prompt_mask,
+            "action": made.tokens,
+            "mask": made.mask,
+            "reward": torch.where(last, score[:, None], torch.zeros_like(made.logp)),
+            "terminated": made.finished,
+            "truncated": ~made.finished,
+            "logp_behavior": made.logp,
+            "temperature": torch.full((n,), temperature if temperature > 0 else 1.0, dtype=made.logp.dtype),
+            "group": ids["group"] + torch.arange(prompts).repeat_interleave(group),
+            "episode": ids["episode"] + torch.arange(n),
+            "turn": torch.zeros(n, dtype=torch.long),
+            "source": torch.full((n,), SOURCES.index("policy")),
+            "age": torch.zeros(n, dtype=torch.long),
+            "question": [p.question for p in asked],
+            "response": texts,
+        }
+    )
+    kit.state["ids"] = {"group": ids["group"] + prompts, "episode": ids["episode"] + n}
+    batch = batch if bool(good.all()) else batch.take(good)
+    _log(kit, batch)
+    return batch
+
+
+def _log(kit: Kit, batch: Batch) -> None:
+    score, groups = batch.score(), batch.by("group")
+    kit.log("reward", score.mean())
+    kit.log("reward_std", score.std(correction=0))
+    kit.log("dead_groups", groups.distinct(groups.same(score).double()).mean())
+    kit.log("length", batch.mask.sum(1).double().mean())
+    kit.log("truncated", batch.truncated.double().mean())
+
+
+@piece("collect", writes=("prompt", "prompt_mask", "action", "mask", "episode", "source", "age", "question", "response"),
+       state={"ids": first_id})  # fmt: skip
+def demonstrations(kit: Kit, *, prompts: int = 16) -> Batch:
+    """`prompts` reference answers of the environment as rows to imitate; `source` is expert, every token counts."""
+    policy = kit.models["policy"]
+    pairs = kit.environment.demonstrations(prompts)
+    rows = expert_rows(policy, pairs)
+    ids = kit.state["ids"]
+    kit.state["ids"] = {**ids, "episode": ids["episode"] + len(pairs)}
+    kit.log("length", rows.mask.sum(1).double().mean())
+    return rows.put(episode=ids["episode"] + torch.arange(len(pairs)))
+
+
+def expert_rows(policy: Any, pairs: Sequence[tuple[Any, str]]) -> Batch:
+    """(problem, answer) pairs as rows of source "expert"; an answer ends with the end-of-text token."""
+    prompt, prompt_mask = left_padded([policy.encode(problem.prompt) for problem, _ in pairs])
+    answers = [policy.answer(text) for _, text in pairs]
+    width = max(len(a) for a in answers)
+    action = torch.tensor([a + [0] * (width - len(a)) for a in answers])
+    mask = torch.tensor([[True] * len(a) + [False] * (width - len(a)) for a in answers])
+    n = len(pairs)
+    return Batch(
+        {
+            "prompt": prompt,
+            "prompt_mask": prompt_mask,
+            "action": action,
+            "mask": mask,
+            "source": torch.full((n,), SOURCES.index("expert")),
+            "age": torch.zeros(n, dtype=torch.long),
+            "question": [problem.question for problem, _ in pairs],
+            "response": [text for _, text in pairs],
+        }
+    )
