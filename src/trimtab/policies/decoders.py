@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """The matrix a linear layer multiplies by, `[out, in]`, with its low-rank adapters added in."""
     base = getattr(layer, "base_layer", layer)
     weight: Tensor = base.weight
     for name in getattr(layer, "active_adapters", ()):
-        if name in layer.lora_A:  # type: ignore[operator]
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
     return weight
 
 
@@ -33,10 +33,10 @@ class Twin:
     Linear layers hold bfloat16 copies (adapters merged); everything else is the model's own tensors, never a copy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, shared)
-        self.pairs: list[tuple[nn.Module, nn.Linear]] = []
+        self.pairs: list[tuple[Any, nn.Linear]] = []
         for name, layer in list(model.named_modules()):
             if is_linear(layer) and not _inside_adapter(name):
                 base: nn.Linear = getattr(layer, "base_layer", layer)
@@ -64,9 +64,9 @@ class ModuleDecoder:
     model: a transformers causal model. autocast: run its forward in bfloat16, on a `Twin` of it.
     """
 
-    def __init__(self, model: nn.Module, autocast: bool = False) -> None:
+    def __init__(self, model: Any, autocast: bool = False) -> None:
         self.twin = Twin(model) if autocast else None
-        self.model: Any = self.twin.model if self.twin else model
+        self.model = self.twin.model if self.twin else model
         known = inspect.signature(self.model.forward).parameters
         self.places = "position_ids" in known
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}

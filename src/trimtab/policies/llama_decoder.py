@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from trimtab.policies.decoders import is_linear, weight_of
@@ -27,11 +27,11 @@ class LlamaDecoder:
     """
 
     @staticmethod
-    def fits(model: nn.Module) -> bool:
+    def fits(model: Any) -> bool:
         """Whether this model is a plain Llama: silu, no biases, a static rotary table, linear layers (or adapters)."""
         if type(model) is not LlamaForCausalLM:
             return False
-        c = model.config
+        c: Any = model.config
         linear = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1].endswith(("_proj", "lm_head"))]
         return (
             c.hidden_act == "silu"
@@ -40,8 +40,8 @@ class LlamaDecoder:
             and all(is_linear(m) for m in linear)
         )
 
-    def __init__(self, model: nn.Module, autocast: bool = False) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, autocast: bool = False) -> None:
+        self.model = model
         c = self.model.config
         self.heads: int = c.num_key_value_heads
         self.groups: int = c.num_attention_heads // self.heads
@@ -51,12 +51,12 @@ class LlamaDecoder:
         self.wide = weight.dtype
         self.dtype = torch.bfloat16 if autocast else weight.dtype
         # One matrix per group of layers that read the same input; a lone one still, for its dtype.
-        self.fused: list[tuple[Tensor, list[nn.Module]]] = []
+        self.fused: list[tuple[Tensor, list[Any]]] = []
         self.layers = [self._layer(layer) for layer in self.model.model.layers]
         self.head = self._fuse(self.model.lm_head)
         self.refresh()
 
-    def _layer(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, nn.Module, nn.Module]:
+    def _layer(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Any]:
         a, m = layer.self_attn, layer.mlp
         return (
             self._fuse(a.q_proj, a.k_proj, a.v_proj),
@@ -67,7 +67,7 @@ class LlamaDecoder:
             layer.post_attention_layernorm,
         )
 
-    def _fuse(self, *parts: nn.Module) -> Tensor:
+    def _fuse(self, *parts: Any) -> Tensor:
         shapes = [getattr(p, "base_layer", p).weight.shape for p in parts]
         device = self.model.model.embed_tokens.weight.device
         matrix = torch.empty(sum(s[0] for s in shapes), shapes[0][1], dtype=self.dtype, device=device)

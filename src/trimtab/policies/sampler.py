@@ -73,9 +73,7 @@ class Rollout:
 class Sampler(Protocol):
     """Whatever draws responses: the local one below, or a server."""
 
-    def sample(
-        self, prompts: list[list[int]], copies: int, seeds: Tensor | None, sampling: Sampling
-    ) -> Rollout: ...
+    def sample(self, prompts: list[list[int]], copies: int, seeds: Tensor | None, sampling: Sampling) -> Rollout: ...
 
 
 class Decoder(Protocol):
@@ -115,13 +113,13 @@ def draw(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> tuple[Tens
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
     assert noise is not None
-    logp = narrow(logits / sampling.temperature, sampling).log_softmax(-1)
-    cdf = logp.exp().cumsum(-1)
+    p = narrow(logits / sampling.temperature, sampling).softmax(-1)
+    cdf = p.cumsum(-1)
     total = cdf[:, -1:]
     # A target that rounds up to the total would land behind the last token of positive probability.
     target = (noise[:, None].to(cdf) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cdf, target, right=True)
-    return token.squeeze(1), logp.gather(1, token).squeeze(1)
+    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
 def narrow(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -130,7 +128,7 @@ def narrow(logits: Tensor, sampling: Sampling) -> Tensor:
         value, index = logits.topk(sampling.top_k, -1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, index, value)
     if sampling.top_p < 1:
-        value, index = logits.sort(-1, descending=True, stable=True)
+        value, index = logits.sort(dim=-1, descending=True, stable=True)
         p = value.softmax(-1)
         # The token that crosses top_p stays, hence the mass *before* each token.
         value = value.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf)
@@ -173,7 +171,9 @@ class LocalSampler:
         decoder = self.decoder()
         per = max(1, ROWS_AT_ONCE // copies)
         parts = [
-            self._part(decoder, prompts[i : i + per], copies, noise[i * copies :] if noise is not None else None, sampling)
+            self._part(
+                decoder, prompts[i : i + per], copies, noise[i * copies :] if noise is not None else None, sampling
+            )
             for i in range(0, len(prompts), per)
         ]
         return _join(parts, self.fill)
@@ -185,11 +185,11 @@ class LocalSampler:
             raise SamplingError(f"asked for {copies} copies of {len(prompts)} prompts; give at least one of each")
         empty = [i for i, p in enumerate(prompts) if not p]
         if empty:
-            raise SamplingError(f"prompt {empty[0]} has no tokens; the first decision needs at least one token before it")
+            raise SamplingError(f"prompt {empty[0]} has no tokens; the first decision needs one before it")
         if seeds is None and not sampling.greedy:
-            raise SamplingError(f"temperature={sampling.temperature} samples, so every row needs a seed; give seeds [N]")
+            raise SamplingError(f"temperature={sampling.temperature} needs noise, so every row needs a seed")
         if seeds is not None and len(seeds) != rows:
-            raise SamplingError(f"{len(seeds)} seeds for {rows} rows ({len(prompts)} prompts x {copies}); give one a row")
+            raise SamplingError(f"{len(seeds)} seeds for {rows} rows; give one a row")
 
     def _part(
         self, decoder: Decoder, prompts: list[list[int]], copies: int, noise: Tensor | None, sampling: Sampling

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from trimtab.core.errors import TrimtabError
 from trimtab.report.folder import RunFolder
 from trimtab.report.keys import flat
-from trimtab.report.plots import LARGE
+from trimtab.report.plots import LARGE, smooth
 from trimtab.report.style import CYCLE, Format, Theme, render, styled, tidy
 from trimtab.report.words import is_number
 
@@ -55,6 +55,7 @@ def overlay(
     x_label: str = "turn",
     y_label: str = "mean reward",
     share: bool | None = None,
+    smoothed: bool = False,
     fmt: Format = "svg",
     theme: Theme = "light",
     size: tuple[float, float] = LARGE,
@@ -62,7 +63,7 @@ def overlay(
     """Arms (at most 6, each a list of `curve`s, one a seed) as mean lines over thin lines, named at their right end.
 
     The mean is taken by linear interpolation where *all* seeds of the arm have values, so it ends with the shortest.
-    share: show percent; by default where every value is in [0, 1].
+    share: show percent; by default where every value is in [0, 1]. smoothed: smooth the mean (not the seeds).
     Raises `CompareError` for no arms, more than 6, or an arm without curves.
     """
     empty = [name for name, curves in arms.items() if not curves]
@@ -81,7 +82,7 @@ def overlay(
                 for x, y in curves:
                     ax.plot(x, y, color=colour, lw=0.8, alpha=0.38)
             x, y = mean_curve(curves)
-            ax.plot(x, y, color=colour, lw=2.3)
+            ax.plot(x, smooth(y) if smoothed else y, color=colour, lw=2.3)
             ends.append((float(y[-1]), name, colour))
         if percent:
             ax.set_ylim(-0.015, 1.015)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from trimtab.core.errors import TrimtabError
 from trimtab.report.lock import FolderLock
-from trimtab.report.records import Appender, cut_after, read_records, to_json, write_atomic
+from trimtab.report.records import Appender, cut_after, read_records, sync_folder, to_json, write_atomic
 
 RECORDS = ("metrics", "eval", "samples")
 
@@ -122,6 +122,8 @@ class RunFolder:
         """Wait until every record is on disk. Call before saving a checkpoint: resuming needs its record."""
         for appender in self._open.values():
             appender.sync()
+        if self._open:
+            sync_folder(self.path)
 
     def close(self) -> None:
         """Stop writing and give the lock back. Closing twice is harmless."""

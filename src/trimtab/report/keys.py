@@ -118,21 +118,22 @@ PANELS: tuple[Panel, ...] = (
     Panel("Speed", "decisions per second", ((r"(tokens|decisions)_(per|a)_second|tokens_s|throughput", ""),)),
 )
 
-# Short names that the live view and the diagnosis look up; each is a key of a panel above or of the reward.
+_SERIES = {panel.title: [pattern for pattern, _ in panel.series] for panel in PANELS}
+# Short names that the live view and the diagnosis look up.
 _KNOWN: Mapping[str, str] = {
     "reward": r"reward(_mean)?|mean_reward",
-    "entropy": PANELS[0].series[0][0],
-    "clip_low": PANELS[1].series[0][0],
-    "clip_high": PANELS[1].series[1][0],
-    "clip": PANELS[1].series[2][0],
-    "grad_norm": PANELS[2].series[0][0],
-    "dead": PANELS[3].series[0][0],
-    "gap": PANELS[6].series[0][0],
-    "failures": PANELS[12].series[0][0],
-    "age": PANELS[13].series[0][0],
-    "speed": PANELS[15].series[0][0],
+    "entropy": _SERIES["Entropy"][0],
+    "clip_low": _SERIES["Clip rate"][0],
+    "clip_high": _SERIES["Clip rate"][1],
+    "clip": _SERIES["Clip rate"][2],
+    "grad_norm": _SERIES["Gradient norm"][0],
+    "dead": _SERIES["Dead groups"][0],
+    "gap": _SERIES["Sampler and trainer: KL"][0],
+    "failures": _SERIES["Failures"][0],
+    "age": _SERIES["Age"][0],
+    "speed": _SERIES["Speed"][0],
 }
-_PREFIX = r"(?:(?:policy|probe|train|loss|update|surrogate|credit|stats|batch|rollout|sampling)_)*"
+_PREFIX = r"(?:(?:policy|probe|train|update|surrogate|credit|stats|batch|rollout|sampling)_)*"
 
 
 def normal(key: str) -> str:
@@ -209,7 +210,7 @@ def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tupl
         picked: list[tuple[str, str]] = []
         for pattern, label in panel.series:
             hits = [n for n in rest if _matches(pattern, n)]
-            picked += [(n, label if len(hits) == 1 else n) for n in hits]
+            picked += [(n, label if len(hits) == 1 else n.rsplit("/", 1)[-1]) for n in hits]
             rest = [n for n in rest if n not in hits]
         if len(picked) == 1 and picked[0][1] in ("mean", "all"):
             picked = [(picked[0][0], "")]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -66,9 +67,10 @@ class LiveView:
         self._clock: dict[str, Any] = {}
         self._start: list[dict[str, Any]] = []
         self._recent: deque[dict[str, Any]] = deque(maxlen=200)
-        self._past: dict[str, list[float]] = {"reward": [], "entropy": [], "grad_norm": []}
+        self._past: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._pace: deque[tuple[float, float]] = deque(maxlen=20)
         self._evaluation: tuple[float, float | None, float | None, int | None] | None = None
+        self._failures = 0.0  # of the whole run
         self._warning = ""
         self._said: set[str] = set()
         self._updates = 0
@@ -106,6 +108,11 @@ class LiveView:
             action()
         except Exception as error:
             self._off(error)
+        except SystemExit as error:
+            # rich leaves the program when the reader of stdout is gone (`| head`); any other exit is meant for the run.
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            self._off(error.__context__)
 
     def _off(self, error: Exception) -> None:
         self.mode = "silent"
@@ -115,13 +122,12 @@ class LiveView:
                 # Without drawing again: drawing may be what failed. This gives the cursor and stdout back.
                 live.update(Text(""), refresh=False)
                 live.stop()
-        except Exception:
-            self._console.show_cursor(True)
-        try:
+        except (Exception, SystemExit):
+            with suppress(Exception, SystemExit):
+                self._console.show_cursor(True)
+        with suppress(Exception):  # without stderr either, there is nobody to tell
             what = f"{type(error).__name__}: {error}"[:200]
             print(f"The live view stopped ({what}). Training goes on, and its record is kept.", file=sys.stderr)
-        except Exception:
-            return  # no stderr either; there is nobody to tell
 
     # -- inside ---------------------------------------------------------------------------------------------------
     def _open(self) -> None:
@@ -133,6 +139,7 @@ class LiveView:
         self._live.start()
 
     def _close(self) -> None:
+        self._look(last=True)
         if self.mode == "plain" and self._clock and (self._line_at is None or self._line_at[1] != self._done()):
             self._line(self._sentence())
         if self._live is not None:
@@ -149,6 +156,7 @@ class LiveView:
             value = look_up(self._logs, name)
             if value is not None:
                 values.append(value)
+        self._failures += look_up(self._logs, "failures") or 0
         record = {**self._logs, "turn": self._count("turn"), "rows": self._count("rows")}
         lost = {k: str(v) for k, v in self._logs.items() if isinstance(v, float) and not is_number(v)}
         if lost:
@@ -176,10 +184,10 @@ class LiveView:
         else:
             self._draw(now=True)
 
-    def _look(self) -> None:
+    def _look(self, last: bool = False) -> None:
         """Diagnose now and then; each kind of finding is said when it first appears."""
         now = time.monotonic()
-        if now - self._diagnosed < _DIAGNOSE and self._updates > 1:
+        if not last and self._updates > 1 and now - self._diagnosed < _DIAGNOSE:
             return
         self._diagnosed = now
         for kind, sentence in findings([*self._start, *self._recent]):
@@ -281,10 +289,10 @@ class LiveView:
             ("reward", self._reward(), "reward"),
             ("held-out", self._held_out(), ""),
             ("entropy", plain("entropy"), "entropy"),
-            ("grad norm", plain("grad_norm"), "grad_norm"),
+            ("grad norm", plain("grad_norm"), ""),
             ("clipped", self._clip(), ""),
             ("dead groups", "" if dead is None else percent(dead), ""),
-            ("failures", plain("failures"), ""),
+            ("failures", number(self._failures), ""),
             ("tokens/s", "" if speed is None else number(float(f"{speed:.3g}")), ""),
             ("age", plain("age"), ""),
         ]
@@ -293,7 +301,11 @@ class LiveView:
     def _sentence(self) -> str:
         left = self._left()
         end = f"  {duration(left)} left" if left else ""
-        return f"{self._place()}  " + "  ".join(f"{name} {value}" for name, value, _ in self._values()) + end
+        return (
+            f"{self._place()}  "
+            + "  ".join(f"{name} {value}" for name, value, _ in self._values() if name != "held-out")
+            + end
+        )
 
     def _render(self) -> RenderableType:
         body: list[RenderableType] = [Text(WHY_LOSS_IS_ZERO, style="dim")]

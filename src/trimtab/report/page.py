@@ -42,7 +42,7 @@ _CSS = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--plot-ink);font:16px/1.55 var(--sans);
-  --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",sans-serif;
+  --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans",sans-serif;
   --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono","DejaVu Sans Mono",monospace}
 main{max-width:1080px;margin:0 auto;padding:3.2rem 1.4rem 4rem}
 h1{font-size:clamp(1.45rem,3.4vw,2.15rem);line-height:1.24;letter-spacing:-.018em;font-weight:620;margin:.5rem 0 .6rem;
@@ -123,7 +123,8 @@ td.num{text-align:right;font-variant-numeric:tabular-nums}th.num{text-align:righ
 tr:last-child td{border-bottom:0}
 footer{margin-top:3.2rem;padding-top:1rem;border-top:1px solid var(--line);color:var(--plot-muted);font-size:.82rem}
 @media (max-width:820px){.large,.small,dl.guide{grid-template-columns:minmax(0,1fr)}
-  .pair{grid-template-columns:minmax(0,1fr)}.pair .side{border-left:0;border-top:1px solid var(--line)}main{padding-top:1.8rem}}
+  .pair{grid-template-columns:minmax(0,1fr)}.pair .side{border-left:0;border-top:1px solid var(--line)}
+  main{padding-top:1.8rem}}
 @media (min-width:560px) and (max-width:820px){.small{grid-template-columns:repeat(2,minmax(0,1fr))}}
 @media print{figure,.pair,.card,.box{break-inside:avoid}button{display:none}}
 """

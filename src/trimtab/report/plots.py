@@ -27,8 +27,10 @@ def smooth(y: np.ndarray, width: int | None = None) -> np.ndarray:
     width: standard deviation in points; by default a thirtieth of the length, at least 1.
     """
     n = len(y)
+    if n == 0:
+        return y
     sigma = max(1.0, n / 30) if width is None else float(width)
-    reach = min(n - 1, int(np.ceil(3 * sigma))) if n else 0
+    reach = min(n - 1, int(np.ceil(3 * sigma)))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     known = np.isfinite(y)
     total = np.convolve(np.where(known, y, 0.0), kernel)[reach : reach + n]
@@ -77,8 +79,9 @@ def eval_figure(evaluations: Records, fmt: Format = "svg", theme: Theme = "light
     seconds = _key(evaluations, "seconds")
     timed = bool((np.isfinite(seconds) & np.isfinite(y)).any())
     with styled(theme) as colours:
-        figure = Figure(figsize=LARGE, layout="constrained")
+        figure = Figure(figsize=LARGE)
         axes = figure.subplots(1, 2, sharey=True) if timed else [figure.subplots()]
+        _margins(figure)
         unit, scale = _time_unit(seconds)
         views = [(_key(evaluations, "turn"), "turn"), (seconds / scale, f"training time ({unit})")]
         for ax, (x, x_label), title in zip(axes, views, ("Held-out problems", "")):
@@ -119,7 +122,7 @@ def panel_figures(history: Records, fmt: Format = "svg", theme: Theme = "light")
 def _panel(
     ax: Axes, history: Records, panel: Panel, keys: list[tuple[str, str]], x: np.ndarray, colours: dict[str, str]
 ) -> None:
-    columns = {key: np.array(column(history, key)) for key, _ in keys[: len(CYCLE)]}
+    columns = {key: _drawable(np.array(column(history, key))) for key, _ in keys[: len(CYCLE)]}
     values = np.concatenate(list(columns.values()))
     values = values[np.isfinite(values)]
     if len(values) == 0:
@@ -158,8 +161,16 @@ def _plain_axis(ax: Axes, values: np.ndarray, logs: bool) -> None:
 
 # -- shared ---------------------------------------------------------------------------------------------------------
 def _one(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=size)
+    ax = figure.subplots()
+    _margins(figure)
+    return figure, ax
+
+
+def _margins(figure: Figure) -> None:
+    """The same inches around every picture: plots line up in a grid, and drawing takes half the time of a solver."""
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(0.62 / width, 0.45 / height, 1 - 0.08 / width, 1 - 0.29 / height, wspace=0.06)
 
 
 def _legend(ax: Axes) -> None:
@@ -186,17 +197,22 @@ def _share_axis(ax: Axes, values: np.ndarray, whole: bool = True) -> None:
 
 def _turns(history: Records) -> tuple[np.ndarray, str]:
     if history and all(is_number(r.get("turn")) for r in history):
-        return np.array([float(r["turn"]) for r in history]), "turn"
+        return _drawable(np.array([float(r["turn"]) for r in history])), "turn"
     return np.arange(1, len(history) + 1, dtype=float), "record"
 
 
 def _key(records: Records, key: str) -> np.ndarray:
-    return np.array([float(r[key]) if is_number(r.get(key)) else np.nan for r in records])
+    return _drawable(np.array([float(r[key]) if is_number(r.get(key)) else np.nan for r in records]))
 
 
 def _known(history: Records, name: str) -> np.ndarray:
     values = [look_up(r, name) for r in history]
-    return np.array([np.nan if v is None else v for v in values], dtype=float)
+    return _drawable(np.array([np.nan if v is None else v for v in values], dtype=float))
+
+
+def _drawable(values: np.ndarray) -> np.ndarray:
+    # An axis reaches a little beyond its values; near the largest float that is infinite, and nothing can be drawn.
+    return np.where(np.abs(values) < 1e300, values, np.nan)
 
 
 def _time_unit(seconds: np.ndarray) -> tuple[str, float]:

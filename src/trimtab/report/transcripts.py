@@ -99,7 +99,7 @@ def group_html(samples: Sequence[Sample]) -> str:
             groups.setdefault((_turn(s), str(s.get("group"))), []).append(s)
     if not groups:
         return ""
-    mixed = [key for key, rows in groups.items() if len({r.get("reward") for r in rows}) > 1]
+    mixed = [key for key, rows in groups.items() if len({str(r.get("reward")) for r in rows}) > 1]
     order = mixed or list(groups)
     main = order[-1]
     earlier = [key for key in dict.fromkeys([order[0], order[len(order) // 2]]) if key != main]

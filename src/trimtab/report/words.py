@@ -11,9 +11,14 @@ WHY_LOSS_IS_ZERO = (
 )
 
 
+_LARGEST_INT = 2**1000  # a JSON integer may be larger than any float
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether this is a finite int or float (bools are not numbers here)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < _LARGEST_INT
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def number(value: float) -> str:

@@ -128,7 +128,7 @@ def surrogate(
     return terms
 
 
-@piece("loss", rows="policy")
+@piece("loss")
 def scaled(kit: Kit, batch: Batch, now: Now, *, inner: Callable[..., Any], by: float = 1.0) -> list[Term]:
     """A wrap: every term of the loss inside, times `by` (a number or a schedule)."""
     made = inner(batch, now)

@@ -1,0 +1,237 @@
+"""Problems from files: JSON lines, and the Hugging Face library `datasets` (hub names, saved folders, parquet folders)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import EnvironmentFailure, nearest
+from trimtab.environments.pools import ListedPool
+from trimtab.environments.problem import (
+    Problem,
+    Prompt,
+    PromptTemplate,
+    check_answer,
+    check_asked,
+    key_of,
+    make_problem,
+)
+from trimtab.environments.spec import Spec, check_options, nearest_path
+
+COLUMNS: dict[str, type | tuple[type, ...]] = {"question": str, "answer": str, "answer_after": str}
+
+
+class Columns:
+    """Which fields hold the question and the answer: `question=` and `answer=` of the spec, else "prompt" or "question", "answer".
+
+    `answer_after="####"` takes what follows the last such mark (and ends at the line's end is not assumed: all of
+    it, stripped).
+    """
+
+    def __init__(self, spec: Spec, need_answer: bool) -> None:
+        self._question: str | None = spec.options.get("question")
+        self._named_answer: str | None = spec.options.get("answer")
+        self._after: str | None = spec.options.get("answer_after")
+        self._need = need_answer
+        self.source = spec.name
+
+    def question(self, fields: Mapping[str, Any], where: str) -> str:
+        """Name of the field that holds the question."""
+        if self._question is not None:
+            if self._question not in fields:
+                raise EnvironmentFailure(
+                    f"The question field {self._question!r} is not in {where}. {nearest(self._question, fields)}"
+                )
+            return self._question
+        found = [name for name in ("prompt", "question") if name in fields]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise EnvironmentFailure(
+                f"{where.capitalize()} has both 'prompt' and 'question'. Say which one is asked: (question=prompt) "
+                "or (question=question)."
+            )
+        raise EnvironmentFailure(
+            f"{where.capitalize()} has neither 'prompt' nor 'question'. Its fields: "
+            f"{', '.join(sorted(fields)) or 'none'}. "
+            "Rename one, or name it: (question=FIELD)."
+        )
+
+    def answer_name(self, fields: Mapping[str, Any], where: str) -> str:
+        """Name of the field that holds the answer (it may be absent unless named or needed)."""
+        if self._named_answer is not None and self._named_answer not in fields:
+            raise EnvironmentFailure(
+                f"The answer field {self._named_answer!r} is not in {where}. {nearest(self._named_answer, fields)}"
+            )
+        return self._named_answer or "answer"
+
+    def read(self, fields: Mapping[str, Any], where: str) -> tuple[Prompt, str | None]:
+        """Question and answer of one row, checked."""
+        name = self.question(fields, where)
+        asked = check_asked(fields[name], name, where)
+        answer_name = self.answer_name(fields, where)
+        answer = check_answer(fields.get(answer_name), answer_name, where, self._need)
+        if self._after is not None and answer is not None:
+            before, mark, rest = answer.rpartition(self._after)
+            if not mark:
+                raise EnvironmentFailure(
+                    f"The answer of {where} does not contain answer_after={self._after!r}: {answer[-60:]!r}."
+                )
+            answer = rest.strip()
+        return asked, answer
+
+
+class Distinct:
+    """Keeps the first of equal questions; counts the others, and those among them whose answer differs."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, str | None] = {}
+        self.duplicates = self.conflicting = 0
+
+    def add(self, key: str, answer: str | None) -> bool:
+        """Whether this question is new."""
+        if key not in self._answers:
+            self._answers[key] = answer
+            return True
+        self.duplicates += 1
+        self.conflicting += self._answers[key] != answer
+        return False
+
+    def counts(self) -> dict[str, int]:
+        return {"duplicates": self.duplicates, "conflicting_answers": self.conflicting}
+
+
+def jsonl_pool(spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool) -> ListedPool:
+    """`FILE.jsonl`: one object a line with `prompt` (text or chat messages) or `question`, and `answer`; other fields are kept.
+
+    Options in brackets: question=, answer= (field names), answer_after= (mark before the final answer).
+    Raises EnvironmentFailure with file, line and column for a broken line, a missing or unusable field, an empty or
+    missing file.
+    """
+    check_options(spec, COLUMNS)
+    path = Path(spec.name).expanduser()
+    columns, distinct = Columns(spec, need_answer), Distinct()
+    problems: list[Problem] = []
+    for number, fields in _lines(path):
+        where = f"line {number} of {path}"
+        asked, answer = columns.read(fields, where)
+        if distinct.add(key_of(asked), answer):
+            problems.append(make_problem(asked, answer, fields, template, where))
+    if not problems:
+        raise EnvironmentFailure(
+            f"The file {str(path)!r} holds no problem. Write one JSON object a line with 'question' and 'answer'."
+        )
+    return ListedPool([p.key for p in problems], problems.__getitem__, holdout, spec.text, **distinct.counts())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.is_dir():
+        raise EnvironmentFailure(
+            f"{str(path)!r} is a folder, not a file. For a saved data set write 'datasets:{path}'."
+        )
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise EnvironmentFailure(f"The file {str(path)!r} does not exist. {nearest_path(path)}") from None
+    except OSError as error:
+        raise EnvironmentFailure(f"The file {str(path)!r} cannot be read: {error.strerror}.") from None
+    for number, raw in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise EnvironmentFailure(
+                f"{place}, byte {error.start + 1}: not UTF-8 text. Save the file as UTF-8."
+            ) from None
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise EnvironmentFailure(
+                f"{place}, column {error.colno}: {error.msg}. Each line must be one complete JSON object."
+            ) from None
+        except (RecursionError, ValueError) as error:
+            raise EnvironmentFailure(f"{place}: cannot be read ({error}).") from None
+        if not isinstance(fields, dict):
+            raise EnvironmentFailure(
+                f'{place}, column 1: a {type(fields).__name__}, not an object such as {{"question": ..., "answer": '
+                '...}}.'
+            )
+        yield number, fields
+
+
+def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool) -> ListedPool:
+    """`datasets:NAME(split=train, name=CONFIG, revision=..., question=..., answer=..., answer_after=...)`.
+
+    NAME is a hub id, a folder written by save_to_disk, or a folder of parquet, JSON or CSV files. Rows stay where
+    the library
+    keeps them (mapped files); only the hashes of the questions are held in memory.
+    """
+    check_options(spec, COLUMNS | {"split": str, "name": str, "revision": str})
+    data = _load(spec)
+    columns, distinct = Columns(spec, need_answer), Distinct()
+    fields = dict.fromkeys(data.column_names)
+    label = f"data set {spec.name!r}"
+    wanted = {columns.question(fields, label), columns.answer_name(fields, label)} & set(fields)
+    light = data.select_columns(sorted(wanted))
+    keys: list[str] = []
+    rows: list[int] = []
+    for row, values in enumerate(light):
+        asked, answer = columns.read(values, f"row {row} of {spec.name}")
+        key = key_of(asked)
+        if distinct.add(key, answer):
+            keys.append(key)
+            rows.append(row)
+    if not keys:
+        raise EnvironmentFailure(f"The data set {spec.text!r} has no rows. Choose another split.")
+
+    def fetch(index: int) -> Problem:
+        where = f"row {rows[index]} of {spec.name}"
+        entry = data[rows[index]]
+        asked, answer = columns.read({k: entry[k] for k in wanted}, where)
+        return make_problem(asked, answer, entry, template, where)
+
+    return ListedPool(keys, fetch, holdout, spec.text, **distinct.counts())
+
+
+def _load(spec: Spec) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentFailure(
+            f"The package 'datasets' is needed for {spec.text!r} ({error}). pip install datasets"
+        ) from None
+    path = Path(spec.name).expanduser()
+    local = path.exists() or spec.name.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise EnvironmentFailure(f"The folder {str(path)!r} does not exist. {nearest_path(path)}")
+    split = spec.options.get("split")
+    options = {key: spec.options[key] for key in ("name", "revision") if key in spec.options}
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if saved and options:
+        raise EnvironmentFailure(
+            f"{spec.text!r} is a saved folder; {', '.join(options)} only apply to a hub data set. Remove them."
+        )
+    try:
+        data = datasets.load_from_disk(str(path)) if saved else None
+        if not saved:
+            source = str(path) if local else spec.name
+            data = datasets.load_dataset(source, split=split or "train", **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise EnvironmentFailure(
+            f"The library datasets could not load {spec.text!r} ({type(error).__name__}: {reason}). "
+            "Give a hub id that is reachable or cached, a folder written by save_to_disk, or a folder of parquet files."
+        ) from None
+    if isinstance(data, datasets.DatasetDict):
+        if (split or "train") not in data:
+            raise EnvironmentFailure(
+                f"{spec.name!r} has no split {split or 'train'!r}. {nearest(split or 'train', data)}"
+            )
+        return data[split or "train"]
+    if saved and split is not None:
+        raise EnvironmentFailure(f"{spec.name!r} was saved as one data set without splits; remove split={split!r}.")
+    return data

@@ -1,0 +1,54 @@
+"""The smallest case of each world: where the laws are checked for every registered method.
+
+A case is a fresh environment, fresh models and settings that make two steps take well under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from trimtab.core.errors import MethodError, nearest
+from trimtab.core.method import Method
+
+
+@dataclass(frozen=True)
+class Case:
+    """environment, models: freshly made. small: `address -> value`, applied where the method has that address."""
+
+    environment: Any
+    models: dict[str, nn.Module]
+    small: dict[str, Any] = field(default_factory=dict)
+
+    def shrink(self, method: Method) -> Method:
+        """The method with this case's settings."""
+        known = method.flatten()
+        for path, value in self.small.items():
+            if path in known:
+                method = method.set(path, value)
+        return method
+
+
+def text(seed: int) -> Case:
+    """Sums of two small numbers, answered by a random character-level language model in float64."""
+    from trimtab.environments.spec import load_environment
+    from trimtab.policies.builtin import load_policy
+
+    return Case(
+        load_environment("toy:sum(limit=5)", seed=seed),
+        {"policy": load_policy("nano", seed=seed, dtype="float64")},
+        {"collect.prompts": 3, "collect.group": 4, "collect.new_tokens": 4, "update.lr": 3e-3},
+    )
+
+
+CASES: dict[str, Callable[[int], Case]] = {"text": text}
+
+
+def case(name: str, seed: int = 0) -> Case:
+    """A case by name. Raises MethodError for an unknown one."""
+    if name not in CASES:
+        raise MethodError(f"there is no case {name!r}. {nearest(name, CASES)}")
+    return CASES[name](seed)

@@ -1,0 +1,131 @@
+"""Law 7: each method agrees over one turn with its literal twin, on random ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.golden import twins
+from tests.spikes.bapo import bapo, search, share
+from tests.spikes.chord import chord, d3s, widest
+from tests.spikes.tokens import case, token_demonstrations, token_rollouts
+from trimtab.core.loop import run
+from trimtab.core.method import Method
+from trimtab.core.registry import find, methods
+from trimtab.stages.update import sgd
+
+torch.set_num_threads(1)
+
+
+def toy(method: Method, *, imitate: bool = False) -> Method:
+    """On toy tokens, with plain gradient descent."""
+    collect = token_demonstrations() if imitate else token_rollouts(prompts=3, group=4)
+    made = replace(method.swap("collect", collect), explicit=())
+    return made.swap("update", sgd(lr=twins.LR))
+
+
+def stale() -> Method:
+    return find("grpo")(passes=twins.PASSES)
+
+
+BUILT: dict[str, Callable[[], Method]] = {
+    "reinforce": lambda: toy(find("reinforce")()),
+    "rloo": lambda: toy(find("rloo")()),
+    "grpo": lambda: toy(stale()),
+    "sft": lambda: toy(find("sft")(), imitate=True),
+    "bapo": lambda: bapo(toy(stale())),
+    "chord": lambda: chord(toy(stale())),
+}
+
+
+def agree(name: str, method: Method, twin: Callable[..., Any], seed: int, **options: Any) -> None:
+    environment, models = case(seed)
+    policy = models["policy"]
+    assert isinstance(policy.logits, torch.Tensor)
+    for _ in range(2):  # the second turn starts from a moved policy
+        start = policy.logits.detach().clone()
+        step = next(run(method, environment, models, until=10, seed=seed))
+        expected = twin(step.batch, start, **options)
+        error = float((policy.logits.detach() - expected).abs().max())
+        moved = float((expected - start).abs().max())
+        assert error < 1e-12, f"{name} is off its twin by {error:.2e}"
+        assert moved > 1e-3, f"{name} did not move, so nothing was compared"
+        seed += 100
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", sorted(BUILT))
+def test_method_agrees_with_its_twin(name: str, seed: int) -> None:
+    agree(name, BUILT[name](), twins.TWINS[name], seed)
+
+
+def test_every_registered_language_method_has_a_twin() -> None:
+    assert {n for n, d in methods().items() if d.world == "language"} <= set(twins.TWINS)
+
+
+@pytest.mark.parametrize("options", [{"per": "row"}, {"kl": 0.3}, {"per": "row", "kl": 0.1}])
+def test_grpo_options_agree_with_the_twin(options: dict[str, Any]) -> None:
+    agree("grpo", toy(find("grpo")(passes=twins.PASSES, **options)), twins.grpo, 5, **options)
+
+
+# -- numbers of the cards ----------------------------------------------------------------------------------------
+
+
+def test_bapo_search_follows_the_card() -> None:
+    r, a = torch.tensor([1.5, 0.5, 1.0, 0.5]).double(), torch.tensor([1.0, 1.0, -1.2, -1.2]).double()
+    m = torch.ones(4).double()
+    assert share(r, a, m, 0.6, 1.2, "ratio") == pytest.approx(1.7 / 1.92)
+    for low, q in ((0.65, 0.8586), (0.7, 0.8333), (0.75, 0.8095), (0.8, 0.7870)):
+        assert share(r, a, m, low, 1.2, "ratio") == pytest.approx(q, abs=1e-4)
+    steps = {"target": 1.0, "low": (0.6, 0.8, 0.05), "high": (1.2, 2.0, 0.1), "metric": "ratio"}
+    assert search(r, a, m, order="low_first", **steps) == pytest.approx((0.8, 2.0))  # type: ignore[arg-type]
+    assert search(r, a, m, order="high_first", **steps) == pytest.approx((0.6, 1.5))  # type: ignore[arg-type]
+    balanced = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()
+    assert search(r, balanced, m, order="low_first", **steps) == (0.6, 1.2)  # type: ignore[arg-type]
+
+
+def test_bapo_on_policy_starts_no_search() -> None:
+    ones, a = torch.ones(4).double(), torch.tensor([1.0, -1.0, 0.5, -0.5]).double()
+    found = search(ones, a, ones, target=1.0, low=(0.6, 0.8, 0.05), high=(1.2, 2.0, 0.1), metric="ratio", order="high_first")
+    assert found == (0.6, 1.2)
+    no_negatives = search(ones, a.abs(), ones, target=1.0, low=(0.6, 0.8, 0.05), high=(1.2, 2.0, 0.1), metric="ratio",
+                          order="high_first")  # fmt: skip
+    assert no_negatives == (0.6, 1.2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+def test_d3s_selection_is_the_widest_subset(n: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    for _ in range(20):
+        a = torch.randn(7, generator=g, dtype=torch.float64).round(decimals=1)
+        got = float(a[widest(a, n)].var(correction=0))
+        assert got == pytest.approx(twins.d3s_rows(dict(enumerate(a.tolist())), n))
+
+
+def test_d3s_keeps_what_the_card_keeps() -> None:
+    three, third = 3**0.5, -(3**-0.5)
+    a = torch.tensor([three, third, third, third, 0, 0, 0, 0, 1, 1, -1, -1], dtype=torch.float64)
+    four, six = a[widest(a, 4)], a[widest(a, 6)]
+    assert sorted(four.tolist()) == [-1, -1, 1, three]
+    assert float(four.var(correction=0)) == pytest.approx(1.4665, abs=1e-4)
+    assert sorted(six.tolist()) == [-1, -1, third, 1, 1, three]
+    assert float(six.var(correction=0)) == pytest.approx(1.1852, abs=1e-4)
+
+
+def test_d3s_learns_only_from_kept_tokens() -> None:
+    environment, models = case(3)
+    method = d3s(toy(stale()), share=0.5, tokens=0.5)
+    step = next(run(method, environment, models, until=4))
+    keep, mask = step.batch.keep, step.batch.mask
+    rows = keep.any(1)
+    assert not bool((keep & ~mask).any())
+    assert 0 < int(keep.sum()) < int(mask.sum())
+    assert int(rows.sum()) <= round(0.5 * len(step.batch))
+    key = step.batch.advantage.abs() * step.batch.entropy_old
+    dropped = mask & ~keep & rows[:, None]
+    if bool(dropped.any()):
+        assert float(key[keep].min()) >= float(key[dropped].max()) - 1e-12

