@@ -38,8 +38,9 @@ class Entry:
         assert self.definition is not None
         assert self.definition.neutral is not None
         neutral = self.definition.neutral
-        base = self.base(**neutral.base_options) if self.base else self.definition.base(**neutral.base_options)  # type: ignore[misc]
-        return self.shrink(self.definition(base, **neutral.options)), self.shrink(base)
+        stand = self.base or self.definition.base
+        assert stand is not None
+        return self.shrink(self.definition(stand(), **neutral.options)), self.shrink(stand(**neutral.base_options))
 
 
 def _registered(definition: Definition) -> Entry:
@@ -60,7 +61,7 @@ def table() -> dict[str, Entry]:
     """All entries by name."""
     toy = bapo_spike.toy_grpo
     bapo, d3s, chord = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord
-    rows = []  # TEMP
+    rows = [_registered(d) for d in methods().values()]
     rows += [
         _spike("spike:bapo", lambda: bapo(toy()), bapo),
         _spike("spike:d3s", lambda: d3s(toy()), d3s),

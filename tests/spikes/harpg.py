@@ -94,9 +94,9 @@ _COLUMNS = ("obs", "action", "mask", "reward", "logp_behavior", "source", "age",
 
 
 def episodes_of(kit: Kit, name: str, n: int, point: int) -> Batch:
-    """`n` episodes of the model or copy `name`; its random stream has its name."""
+    """`n` episodes of the model or copy `name`; one random stream per point, so a second one changes nothing."""
     policy: Any = kit.models[name]
-    made = kit.environment.rollout(policy.logits.softmax(-1), n, kit.rng(f"rollout/{name}"))
+    made = kit.environment.rollout(policy.logits.softmax(-1), n, kit.rng(f"rollout/{point}"))
     logp = policy.logits.log_softmax(-1)[made["obs"], made["action"]]
     return Batch(
         {

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def test_path_identity() -> None:
     """Check 4: the mean over q of `hess J D` on the segment is the gradient difference (Gauss-Legendre, 12 points)."""
     mdp = RandomMDP(states=2, actions=2, horizon=2, seed=3)
     before, after = TableSoftmax(2, 2, seed=4).logits.detach(), TableSoftmax(2, 2, seed=5).logits.detach()
-    nodes, share = torch.from_numpy(__import__("numpy").stack(__import__("numpy").polynomial.legendre.leggauss(12)))
+    nodes, share = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(12)))
     total = torch.zeros(2, 2, dtype=torch.float64)
     for x, w in zip(nodes, share):
         policy = TableSoftmax(2, 2)
@@ -239,7 +240,7 @@ def test_transport_is_exact_on_a_quadratic(direction: str, eta: float) -> None:
     )
     model, worst = Quadratic(), 0.0
     exact = model.gradient()
-    for step in run(method, None_environment(), {"policy": model}, until=15):
+    for step in run(method, nothing(), {"policy": model}, until=15):
         d = step.state.pieces["policy/estimate"]["d"]["x"]
         worst = max(worst, float((d + exact).abs().max()))
         exact = model.gradient()
@@ -249,7 +250,8 @@ def test_transport_is_exact_on_a_quadratic(direction: str, eta: float) -> None:
         assert worst < 1e-12
 
 
-def None_environment() -> RandomMDP:  # noqa: N802
+def nothing() -> RandomMDP:
+    """An environment that nobody asks."""
     return RandomMDP(states=2, actions=2, horizon=1)
 
 
@@ -269,8 +271,6 @@ def test_eta_one_is_the_base(name: str) -> None:
     assert definition.neutral is not None
     base = gpomdp(**{**definition.neutral.base_options, **options})
     method = definition(**{**definition.neutral.options, **options})
-    if name == "n_pg_igt":  # rows come from the copy, so from another stream; at eta 1 the copy is the policy itself
-        base = base.swap("collect.policy", "lookahead").but(copies={"lookahead": mix("policy", "policy", 1.0)})
     assert torch.equal(trained(method, 20), trained(base, 20))
     assert not torch.equal(trained(definition(**options), 20), trained(base, 20))
 
@@ -369,9 +369,8 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
     method = CASES[name][0]()
     whole = trained(method, 8)
     environment, models = spike.case(1)
-    for step in run(method, environment, models, until=4, seed=5):
-        pass
-    save(step.state, tmp_path)
+    *_, last = run(method, environment, models, until=4, seed=5)
+    save(last.state, tmp_path)
     environment, models = spike.case(9)
     state = begin(method, environment, models, seed=77)
     load(state, tmp_path)
@@ -418,11 +417,11 @@ def test_noise_free_error_is_the_path_error_alone() -> None:
 
 def test_tracking_error_falls() -> None:
     """RMS |d - grad J| of N-HARPG, one trajectory per gradient: it falls, and ends below a single gradient's noise."""
-    squares: dict[int, list[float]] = {1: [], 10: [], 150: []}
+    squares: dict[int, list[float]] = {1: [], 10: [], 80: []}
     for seed in range(3):
-        mdp, policy = RandomMDP(horizon=10), TableSoftmax(6, 3)
+        mdp, policy = RandomMDP(horizon=8), TableSoftmax(6, 3)
         before = policy.logits.detach().clone()
-        for step in run(harpg(preset="normalised", lr=1.0), mdp, {"policy": policy}, until=150, seed=seed):
+        for step in run(harpg(preset="normalised", lr=1.0), mdp, {"policy": policy}, until=80, seed=seed):
             if step.turn in squares:
                 leaf = before.clone().requires_grad_()
                 (exact,) = torch.autograd.grad(mdp.objective(leaf), leaf)
@@ -430,8 +429,8 @@ def test_tracking_error_falls() -> None:
                 squares[step.turn].append(float((d + exact).square().sum()))
             before = policy.logits.detach().clone()
     rms = {t: math.sqrt(sum(s) / len(s)) for t, s in squares.items()}
-    assert rms[150] < 0.5 * rms[1]
-    assert rms[150] < 0.5 * rms[10]
+    assert rms[80] < 0.5 * rms[1]
+    assert rms[80] < 0.5 * rms[10]
 
 
 def test_the_methods_say_what_they_change() -> None:

@@ -1,4 +1,4 @@
-"""Where problems wait: a listed pool that is known whole, and a stream that never ends. Training and held-out never overlap."""
+"""Where problems wait: a listed pool, known whole, and a stream without end. Training and held-out never overlap."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def key_of(question: Prompt) -> str:
 
 
 def is_held_out(key: str, holdout: float) -> bool:
-    """Whether the problem is kept for evaluation: the first 64 bits of its key, as a share of 2^64, lie below holdout."""
+    """Whether the problem is for evaluation: the first 64 bits of its key, as a share of 2^64, lie below holdout."""
     return int(key[:16], 16) < holdout * 2.0**64
 
 
@@ -122,6 +122,11 @@ def _scalars(*sources: Any) -> dict[str, Any]:
         if isinstance(source, Mapping):
             out |= {k: v for k, v in source.items() if isinstance(k, str) and isinstance(v, (str, int, float))}
     return out
+
+
+def sentence_start(where: str) -> str:
+    """A place as the beginning of a sentence (str.capitalize would spoil the case of file names)."""
+    return where[:1].upper() + where[1:]
 
 
 def make_problem(

@@ -1,4 +1,4 @@
-"""Problems made by a procedure: every data set of reasoning-gym, and the tiny `toy:sum` that needs nothing installed."""
+"""Problems made by a procedure: every data set of reasoning-gym, and the tiny `toy:sum` that needs no package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def toy_pool(spec: Spec, template: PromptTemplate, holdout: float) -> ListedPool
 
 
 class Procedure:
-    """A reasoning-gym data set as problems by index; made and scored in a process of its own (generators and scorers may hang)."""
+    """A reasoning-gym data set as problems by index, made and scored in another process (they may hang)."""
 
     def __init__(self, spec: Spec, template: PromptTemplate) -> None:
         self.name, self.params, self._template = spec.name, dict(spec.options), template
@@ -57,11 +57,11 @@ class Procedure:
         return reply
 
     def make(self, low: int, high: int) -> list[Problem | None]:
-        """Problems low..high-1; None where the generator raised. More than a tenth of at least 20 raising is an error."""
+        """Problems low..high-1; None where the generator raised; an error when a tenth of them (20 at least) did."""
         out: list[Problem | None] = []
         # Small requests, so that one slow problem is not mistaken for a hang.
-        for start in range(low, high, 256):
-            items = self._ask(["gym-items", self.name, self.params, start, min(start + 256, high)], MAKE_SECONDS)
+        for start in range(low, high, 64):
+            items = self._ask(["gym-items", self.name, self.params, start, min(start + 64, high)], MAKE_SECONDS)
             out += [self._problem(start + i, item) for i, item in enumerate(items)]
         if self._tried >= 20 and self._broken > self._tried / 10:
             raise EnvironmentFailure(

@@ -80,7 +80,12 @@ class Asked:
         self._stop = weakref.finalize(self, _end, self._process, self._owner)
         if self._opening is None:
             return None
-        reply = self._exchange(self._opening, START_SECONDS)
+        try:
+            reply = self._exchange(self._opening, START_SECONDS)
+        except EnvironmentFailure:
+            # Half open it would answer every later request with nonsense.
+            self.close()
+            raise
         return reply if isinstance(reply, Failure) else None
 
     def _exchange(self, request: list[Any], seconds: float) -> Any:
@@ -161,7 +166,7 @@ _SHARED_LOCK = threading.Lock()
 
 
 def shared(kind: str) -> Asked:
-    """One process for a library ("gym", "math") that every environment of this program asks: importing it takes seconds."""
+    """The process of a library ("gym", "math") that all environments here ask: importing it takes seconds."""
     with _SHARED_LOCK:
         if kind not in _SHARED:
             _SHARED[kind] = Asked(opening=["warm", kind])

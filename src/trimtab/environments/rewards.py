@@ -1,12 +1,9 @@
 """Rewards: what a response is worth. A reward is a finite number or a typed Failure, never a silent 0.
 
-| reward | 1.0 when | else |
-|---|---|---|
-| exact | the response equals the answer after `normalise` (ends stripped, white space collapsed; case and signs
-count) | 0.0 |
-| math-verify | the library math_verify finds the response's expression equal to the answer's | 0.0, also for a
-response without an expression: a wrong format is a wrong answer |
-| module:function | whatever number f(problem, text) returns | |
+exact: 1.0 when the response equals the answer after `normalise` (ends stripped, white space collapsed; case counts).
+math-verify: 1.0 when the library math_verify finds an expression of the response equal to the answer. Without an
+expression a response earns 0.0, not a failure: a wrong format is a wrong answer.
+module:function: whatever finite number f(problem, text) returns.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ def exact(problem: Problem, text: str) -> float:
 
 
 def bare_integer(problem: Problem, text: str) -> float:
-    """Control: 1.0 when the response is nothing but one integer, right or wrong. What a policy earns for format alone."""
+    """Control: 1.0 when the response is nothing but one integer, right or wrong: what a policy earns for format."""
     return float(INTEGER.fullmatch(text.strip()) is not None)
 
 
@@ -111,7 +108,7 @@ def check_reward(reward: str) -> None:
 
 
 def as_latex(gold: str) -> str | None:
-    """How a reference answer is handed to math_verify, which reads LaTeX only between delimiters; None if not mathematics.
+    """A reference answer as given to math_verify, which reads LaTeX only between delimiters; None if not mathematics.
 
     Delimited answers go as they are, numbers stay plain (1e3 is written out), the rest gets $...$. Without a
     backslash it must
@@ -131,7 +128,7 @@ def as_latex(gold: str) -> str | None:
 
 
 class MathVerify:
-    """Equality of mathematical expressions by the library math_verify; runs in a scoring process, which owns the timeout."""
+    """Equality of expressions by the library math_verify; runs in a scoring process, whose owner keeps the time."""
 
     def __init__(self) -> None:
         import logging

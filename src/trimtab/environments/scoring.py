@@ -135,7 +135,7 @@ def _fields(problem: Problem) -> list[Any]:
 
 
 def make_scorer(reward: str, seconds: float) -> Scorer:
-    """The scorer of a reward name; raises EnvironmentFailure for an unknown one or a function that cannot be imported."""
+    """The scorer of a reward name; raises EnvironmentFailure for an unknown one, or a function it cannot import."""
     rewards.check_reward(reward)
     if reward in FAST:
         return FastScorer(reward)

@@ -1,4 +1,4 @@
-"""Problems from files: JSON lines, and the Hugging Face library `datasets` (hub names, saved folders, parquet folders)."""
+"""Problems from files: JSON lines, and the library `datasets` (hub names, saved folders, parquet folders)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from trimtab.environments.problem import (
     check_asked,
     key_of,
     make_problem,
+    sentence_start,
 )
 from trimtab.environments.spec import Spec, check_options, nearest_path
 
@@ -24,10 +25,9 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {"question": str, "answer": str, "
 
 
 class Columns:
-    """Which fields hold the question and the answer: `question=` and `answer=` of the spec, else "prompt" or "question", "answer".
+    """Which fields hold question and answer: those the spec names, else "prompt" or "question", and "answer".
 
-    `answer_after="####"` takes what follows the last such mark (and ends at the line's end is not assumed: all of
-    it, stripped).
+    `answer_after="####"` keeps what follows the last such mark of the answer, its ends stripped.
     """
 
     def __init__(self, spec: Spec, need_answer: bool) -> None:
@@ -50,11 +50,11 @@ class Columns:
             return found[0]
         if found:
             raise EnvironmentFailure(
-                f"{where.capitalize()} has both 'prompt' and 'question'. Say which one is asked: (question=prompt) "
+                f"{sentence_start(where)} has both 'prompt' and 'question'. Say which one is asked: (question=prompt) "
                 "or (question=question)."
             )
         raise EnvironmentFailure(
-            f"{where.capitalize()} has neither 'prompt' nor 'question'. Its fields: "
+            f"{sentence_start(where)} has neither 'prompt' nor 'question'. Its fields: "
             f"{', '.join(sorted(fields)) or 'none'}. "
             "Rename one, or name it: (question=FIELD)."
         )
@@ -74,7 +74,7 @@ class Columns:
         answer_name = self.answer_name(fields, where)
         answer = check_answer(fields.get(answer_name), answer_name, where, self._need)
         if self._after is not None and answer is not None:
-            before, mark, rest = answer.rpartition(self._after)
+            _, mark, rest = answer.rpartition(self._after)
             if not mark:
                 raise EnvironmentFailure(
                     f"The answer of {where} does not contain answer_after={self._after!r}: {answer[-60:]!r}."
@@ -104,11 +104,11 @@ class Distinct:
 
 
 def jsonl_pool(spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool) -> ListedPool:
-    """`FILE.jsonl`: one object a line with `prompt` (text or chat messages) or `question`, and `answer`; other fields are kept.
+    """`FILE.jsonl`: one object a line with `prompt` (text or chat messages) or `question`, and `answer`.
 
-    Options in brackets: question=, answer= (field names), answer_after= (mark before the final answer).
-    Raises EnvironmentFailure with file, line and column for a broken line, a missing or unusable field, an empty or
-    missing file.
+    Other fields are kept in the entry. Options in brackets: question=, answer= (names of fields), answer_after= (the
+    mark before the final answer). Raises EnvironmentFailure with file, line and column for a broken line, a missing or
+    unusable field, an empty or missing file.
     """
     check_options(spec, COLUMNS)
     path = Path(spec.name).expanduser()
@@ -158,7 +158,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(fields, dict):
             raise EnvironmentFailure(
                 f'{place}, column 1: a {type(fields).__name__}, not an object such as {{"question": ..., "answer": '
-                '...}}.'
+                "...}}."
             )
         yield number, fields
 
@@ -194,6 +194,8 @@ def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_ans
         asked, answer = columns.read({k: entry[k] for k in wanted}, where)
         return make_problem(asked, answer, entry, template, where)
 
+    # The template meets the fields now rather than in the middle of a run.
+    fetch(0)
     return ListedPool(keys, fetch, holdout, spec.text, **distinct.counts())
 
 

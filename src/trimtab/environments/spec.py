@@ -86,6 +86,8 @@ def parse_options(inside: str, text: str) -> dict[str, Any]:
     for item in call.keywords:
         if item.arg is None:
             raise EnvironmentFailure(f"The parameters of {text!r} contain '**', which is not a key=value pair. {how}")
+        if item.arg in options:
+            raise EnvironmentFailure(f"The parameter {item.arg!r} of {text!r} is given twice; keep one.")
         options[item.arg] = _literal(item.arg, item.value, text)
     return options
 
@@ -112,7 +114,8 @@ def check_options(spec: Spec, allowed: Mapping[str, type | tuple[type, ...]]) ->
     for key, value in spec.options.items():
         if key not in allowed:
             raise EnvironmentFailure(f"{spec.name!r} has no parameter {key!r}. {nearest(key, allowed)}")
-        kinds = allowed[key] if isinstance(allowed[key], tuple) else (allowed[key],)
+        given = allowed[key]
+        kinds = given if isinstance(given, tuple) else (given,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise EnvironmentFailure(
                 f"The parameter {key}={value!r} of {spec.text!r} must be {' or '.join(k.__name__ for k in kinds)}."
@@ -127,7 +130,8 @@ def nearest_path(path: Path) -> str:
     if missing != path:
         return f"The folder {str(missing)!r} does not exist either."
     names = _names(folder)
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    # Names of one kind share their suffix, so half of the letters alike would mean nothing.
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
     if close:
         return f"Did you mean {str(folder / close[0])!r}?"
     same = [name for name in names if name.endswith(path.suffix)] if path.suffix else []

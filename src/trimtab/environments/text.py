@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.core.errors import CheckpointError, EnvironmentFailure
 from trimtab.environments.pools import ListedPool, Pool
-from trimtab.environments.problem import Failure, Problem, PromptTemplate, normalise
+from trimtab.environments.problem import Failure, Problem, PromptTemplate, normalise, sentence_start
 from trimtab.environments.procedural import Procedure, toy_pool
 from trimtab.environments.scoring import FailureLog, ProcedureScorer, Scorer, make_scorer
 from trimtab.environments.sources import datasets_pool, jsonl_pool
@@ -19,7 +19,7 @@ STATE = ("name", "fingerprint", "seed", "epoch", "cursor", "failures")
 
 
 class TextEnvironment:
-    """Questions to draw, held-out questions, and a scorer; its state is a seed, an epoch, a cursor and failure counts."""
+    """Questions to draw, held-out questions, a scorer; its state is a seed, an epoch, a cursor and failure counts."""
 
     def __init__(
         self, name: str, pool: Pool, scorer: Scorer, *, seed: int, template: PromptTemplate, holdout: float, most: float
@@ -32,7 +32,7 @@ class TextEnvironment:
             self._scorer.check(pool.all())
 
     def draw(self, n: int) -> list[Problem]:
-        """The next n training problems (n >= 0). A listed pool is gone through in seeded epochs, a stream from a seeded start."""
+        """The next n training problems (n >= 0): seeded epochs over a listed pool, or a stream from a seeded start."""
         if n < 0:
             raise EnvironmentFailure(f"draw({n}): the number of problems must be 0 or more.")
         problems, epoch, cursor = self._pool.draw(self._seed, self._epoch, self._cursor, n)
@@ -57,7 +57,7 @@ class TextEnvironment:
         for problem in problems:
             if self._scorer.needs_answer and problem.answer is None:
                 raise EnvironmentFailure(
-                    f"{problem.where.capitalize()} has no reference answer, which the reward {self._scorer.name!r} "
+                    f"{sentence_start(problem.where)} has no reference answer, which the reward {self._scorer.name!r} "
                     "compares with. "
                     "Use the data set's own scorer (leave reward out) or a reward 'module:function'."
                 )
@@ -80,12 +80,12 @@ class TextEnvironment:
         return out
 
     def demonstrations(self, n: int) -> list[tuple[Problem, str]]:
-        """The next n training problems with their reference answers, for supervised training; moves the same cursor as draw."""
+        """The next n training problems with their reference answers, for supervised training; moves draw's cursor."""
         out: list[tuple[Problem, str]] = []
         for problem in self.draw(n):
             if problem.answer is None:
                 raise EnvironmentFailure(
-                    f"{problem.where.capitalize()} has no reference answer, so it cannot be demonstrated. "
+                    f"{sentence_start(problem.where)} has no reference answer, so it cannot be demonstrated. "
                     "Supervised training needs a data set with answers."
                 )
             out.append((problem, problem.answer))
@@ -127,7 +127,7 @@ class TextEnvironment:
         self._seed, self._epoch, self._cursor = places
 
     def describe(self) -> dict[str, Any]:
-        """What it is and what happened, JSON-able: spec, reward, prompt, holdout, counts of problems, failures by kind."""
+        """What it is and what happened, JSON-able: spec, reward, prompt, holdout, problem counts, failures by kind."""
         return {
             "spec": self.name,
             "reward": self._scorer.name,

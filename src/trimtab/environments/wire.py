@@ -1,4 +1,4 @@
-"""Plain values as JSON text and back, exactly: what trimtab and its scoring processes send each other (never pickle)."""
+"""Plain values as JSON text and back, exactly: what trimtab and its scoring processes send each other."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ CHUNK = 512
 
 
 def find_function(reference: str) -> Callable[[Problem, str], Any]:
-    """Import module:function; a sentence for a missing module, an import that fails, a missing name, a wrong signature."""
+    """Import module:function, or say what is wrong: module, import, name or signature (EnvironmentFailure)."""
     module_name, _, path = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -80,7 +80,7 @@ class Gym:
         self._made: dict[str, Any] = {}
 
     def check(self, name: str, params: dict[str, Any]) -> None:
-        """Refuse an unknown data set, an unknown parameter, a value of the wrong type, and what the data set itself refuses."""
+        """Refuse an unknown data set or parameter, a value of the wrong type, and what the data set itself refuses."""
         if name not in self._known:
             raise EnvironmentFailure(f"reasoning-gym has no data set {name!r}. {nearest(name, self._known)}")
         import typing

@@ -32,13 +32,35 @@ class Case:
         return method
 
 
+class Coin:
+    """A scorer that a random policy satisfies half of the time: no law would be tested on rewards that are all 0."""
+
+    name = "coin"
+    needs_answer = False
+
+    def score(self, problem: Any, text: str) -> float:
+        """1.0 when the characters' codes add up to an even number."""
+        return float(sum(map(ord, text)) % 2 == 0)
+
+    def check(self, problems: Any) -> None:
+        """Every problem will do."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def text(seed: int) -> Case:
     """Sums of two small numbers, answered by a random character-level language model in float64."""
-    from trimtab.environments.spec import load_environment
+    from trimtab.environments.problem import PromptTemplate
+    from trimtab.environments.procedural import toy_pool
+    from trimtab.environments.spec import parse_spec
+    from trimtab.environments.text import TextEnvironment
     from trimtab.policies.builtin import load_policy
 
+    template = PromptTemplate("{question}")
+    pool = toy_pool(parse_spec("toy:sum(limit=5)"), template, 0.25)
     return Case(
-        load_environment("toy:sum(limit=5)", seed=seed),
+        TextEnvironment("toy:coin", pool, Coin(), seed=seed, template=template, holdout=0.25, most=0.1),
         {"policy": load_policy("nano", seed=seed, dtype="float64")},
         {"collect.prompts": 3, "collect.group": 4, "collect.new_tokens": 4, "update.lr": 3e-3},
     )

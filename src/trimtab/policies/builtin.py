@@ -53,7 +53,8 @@ def load_policy(
     forward computes: "bfloat16" (float32 parameters under autocast), "float32", "float64"; "auto" is bfloat16 for
     pretrained models where the machine has it, else float32. chat: whether a plain prompt goes through the chat
     template; None: as it was when the folder was saved by a policy, else if there is a template. smollm2 defaults to
-    plain text: in its template it wraps every answer in a sentence, and no verifier reads a number there. seed: of the weights of nano and of a new adapter. device: "auto" is cuda if there.
+    plain text: in its template it wraps every answer in a sentence, and no verifier reads a number there. seed: of
+    the weights of nano and of a new adapter. device: "auto" is cuda if there.
 
     Raises `PolicyError` for an unknown spec, dtype or device, or an adapter on top of an adapter.
     """

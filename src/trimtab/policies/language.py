@@ -102,6 +102,13 @@ class LanguagePolicy(nn.Module):
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def answer(self, text: str) -> list[int]:
+        """Token ids of a reference answer with its end token; after a plain prompt a space comes first."""
+        joined = text if self.chat else " " + text.lstrip()
+        end = self.tokenizer.eos_token_id
+        ids = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
+        return [*ids, end if end is not None else self.ends[0]]
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of these ids, without special tokens."""
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)

@@ -287,7 +287,7 @@ class LiveView:
         dead, speed = dead_share(self._logs), self._speed()
         rows = [
             ("reward", self._reward(), "reward"),
-            ("held-out", self._held_out(), ""),
+            ("held-out", self._held_out() or "-", ""),
             ("entropy", plain("entropy"), "entropy"),
             ("grad norm", plain("grad_norm"), ""),
             ("clipped", self._clip(), ""),
@@ -318,7 +318,9 @@ class LiveView:
         for i in range(0, len(cells), 2):
             pair = cells[i : i + 2]
             table.add_row(*(part for cell in pair for part in cell))
-        body.append(table if cells else Text("waiting for the first turn", style="italic dim"))
+        body.append(
+            table if self._updates or self._evaluation else Text("waiting for the first turn", style="italic dim")
+        )
         if self._warning:
             body.append(Text(self._warning, style="yellow"))
         return Panel(

@@ -121,6 +121,7 @@ th{text-align:left;font-weight:600;color:var(--plot-muted);font-size:.78rem}
 th,td{padding:.34rem .9rem .34rem 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 td.num{text-align:right;font-variant-numeric:tabular-nums}th.num{text-align:right}
 tr:last-child td{border-bottom:0}
+td:first-child{white-space:nowrap}
 footer{margin-top:3.2rem;padding-top:1rem;border-top:1px solid var(--line);color:var(--plot-muted);font-size:.82rem}
 @media (max-width:820px){.large,.small,dl.guide{grid-template-columns:minmax(0,1fr)}
   .pair{grid-template-columns:minmax(0,1fr)}.pair .side{border-left:0;border-top:1px solid var(--line)}

@@ -65,7 +65,7 @@ def rollouts(
     texts = [policy.decode(t[m].tolist()) for t, m in zip(made.tokens, made.mask)]
     scores = kit.environment.score(asked, texts)
     good = torch.tensor([isinstance(s, float) for s in scores])
-    kit.log("failures", 1 - good.double().mean())
+    kit.log("failures", (~good).double().sum())
     if not bool(good.any()):
         raise EnvironmentFailure(f"every reward of this batch failed, for example: {scores[0]}")
     n = len(asked)

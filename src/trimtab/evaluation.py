@@ -1,0 +1,58 @@
+"""Held-out evaluation of a language policy: fixed problems, greedy answers, an interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.core.errors import EnvironmentFailure
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """mean with its 95% interval over `n` held-out problems; `measure` says of what; transcripts in problem order."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    measure: str
+    failures: int
+    transcripts: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """The stable part: mean, low, high, n."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+
+    def record(self) -> dict[str, Any]:
+        return {**self.summary(), "measure": self.measure, "failures": self.failures}
+
+
+def evaluate(policy: Any, environment: Any, *, problems: int | None = 50, new_tokens: int = 16) -> Evaluation:
+    """Answer the environment's held-out problems greedily and score them.
+
+    problems: how many, in the environment's fixed order (None: all). The measure is "greedy accuracy", the share of
+    answers with full marks and its Wilson interval, when every score lies in [0, 1]; otherwise the mean reward and its
+    bootstrap interval. A score that failed is left out and counted. Raises EnvironmentFailure when all of them failed.
+    """
+    from trimtab.environments.text import Failure
+    from trimtab.policies.sampler import Sampling
+    from trimtab.report.intervals import mean_interval
+
+    asked = environment.held_out(problems)
+    prompts = [policy.encode(p.prompt) for p in asked]
+    made = policy.sampler.sample(prompts, 1, None, Sampling(new_tokens=new_tokens, temperature=0.0))
+    texts = [policy.decode(tokens[mask].tolist()) for tokens, mask in zip(made.tokens, made.mask)]
+    scores = environment.score(asked, texts)
+    good = [float(s) for s in scores if not isinstance(s, Failure)]
+    if not good:
+        raise EnvironmentFailure(f"every score of the held-out problems failed, for example: {scores[0]}")
+    shares = all(0 <= s <= 1 for s in good)
+    values = [float(s >= 1) for s in good] if shares else good
+    mean, low, high = mean_interval(values)
+    transcripts = [
+        {"prompt": p.question, "response": t, "answer": p.answer, "reward": None if isinstance(s, Failure) else float(s)}
+        for p, t, s in zip(asked, texts, scores)
+    ]
+    measure = "greedy accuracy" if shares else "greedy mean reward"
+    return Evaluation(mean, low, high, len(good), measure, len(scores) - len(good), transcripts)
