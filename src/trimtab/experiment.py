@@ -179,8 +179,6 @@ def command(request: Request) -> str:
         if name == "set":
             for pair in value:
                 words += ["--set", pair]
-        elif name == "chat":
-            words.append("--chat" if value else "--no-chat")
         else:
             words += [flag, str(value)]
     return shlex.join(words)

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.core.batch import Batch
 from trimtab.policies.builtin import cache_folder, cached, load_policy
-from trimtab.policies.language import LanguagePolicy, PolicyError
+from trimtab.policies.language import LanguagePolicy
 from trimtab.policies.sampler import Sampling, pad_left
+from trimtab.policies.tiny import teach
+from trimtab.policies.view import PolicyError
 
 PROMPTS = ["3 + 4 =", "a", "what is nine times nine?", "a"]
 WANT = {"logp", "entropy", "hidden"}
@@ -96,6 +98,25 @@ def test_gradients_do_not_depend_on_splitting(exact: LanguagePolicy) -> None:
     whole = gradients([batch])
     # Rows 1 and 3 share a prompt: read once above, read in each part here.
     for a, b in zip(whole, gradients([batch.take(torch.tensor([i])) for i in range(4)])):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_equal_rows_are_read_once_and_all_count(exact: LanguagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, parameters = ragged(exact), list(exact.parameters())
+    twice = batch.take(torch.tensor([3, 0, 1, 3, 2, 0]))
+    # Another token behind the last decision is no difference.
+    twice = twice.put(action=twice.action + (torch.arange(6) == 3)[:, None] * ~twice.mask)
+    sizes = []
+    read = exact._states
+    monkeypatch.setattr(exact, "_states", lambda view: sizes.append(len(view.said)) or read(view))
+    now, one = (exact.evaluate(b, {"logp", "entropy"}) for b in (twice, batch))
+    assert sizes == [4, 4]
+    for name, value in now.items():
+        torch.testing.assert_close(value, one[name][[3, 0, 1, 3, 2, 0]], atol=1e-12, rtol=0)
+    weight = torch.rand(6, 1, dtype=torch.float64)
+    whole = torch.autograd.grad((now["logp"] * weight).sum(), parameters)
+    summed = torch.stack([weight[1] + weight[5], weight[2], weight[4], weight[0] + weight[3]])
+    for a, b in zip(whole, torch.autograd.grad((one["logp"] * summed).sum(), parameters)):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
@@ -289,6 +310,39 @@ def test_cache_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cached("thing", lambda folder: (folder / "whole").write_text("x"))
     cached("thing", broken)  # there already: not made again
     assert [p.name for p in (tmp_path / "cache" / "thing").iterdir()] == ["whole"]
+
+
+def test_tiny_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trimtab.policies.tiny.STEPS", 2)
+    policy = load_policy("tiny", seed=5)
+    assert 800_000 < policy.describe()["parameters"] < 1_200_000
+    monkeypatch.setattr("trimtab.policies.tiny.teach", None)
+    again = load_policy("tiny", seed=5)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in policy.state_dict().items())
+
+
+def test_teaching_is_seeded_and_lowers_the_loss() -> None:
+    def taught(steps: int) -> tuple[LanguagePolicy, float]:
+        policy = load_policy("nano", seed=1)
+        teach(policy.causal, policy.tokenizer, seed=4, steps=steps)
+        prompt = policy.encode("3 + 4 =")
+        action = torch.tensor([policy.answer("7")])
+        ones = torch.ones_like(action, dtype=torch.bool)
+        ids, mask = pad_left([prompt], policy.fill)
+        batch = Batch({"prompt": ids, "prompt_mask": mask, "action": action, "mask": ones})
+        with torch.no_grad():
+            return policy, float(policy.evaluate(batch, {"logp"})["logp"].sum())
+
+    before, some = taught(0)[1], [taught(12) for _ in range(2)]
+    assert some[0][1] == some[1][1]
+    assert some[0][1] > before + 1
+
+
+def test_answer_ends_and_joins() -> None:
+    policy = load_policy("nano")
+    assert policy.answer("7") == [*policy.encode(" 7"), policy.tokenizer.eos_token_id]
+    assert policy.answer(" 7") == policy.answer("7")
 
 
 @pytest.mark.skipif(not (cache_folder() / "smollm2-135m-instruct").exists(), reason="smollm2 is not converted here")

@@ -131,7 +131,7 @@ def test_draws_follow_the_softmax() -> None:
     """Pearson's chi-square of 20000 draws over 12 tokens, 11 degrees of freedom; 31.3 is the 0.1 % point."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0))
     n, how = 20000, Sampling(1, 0.8)
-    token, logp = draw(logits.expand(n, -1), uniforms(torch.arange(n), 1)[:, 0], how)
+    token, logp = draw(logits[None], torch.zeros(n, dtype=torch.long), uniforms(torch.arange(n), 1)[:, 0], how)
     expected = (logits / 0.8).softmax(0) * n
     assert float(((token.bincount(minlength=12) - expected).square() / expected).sum()) < 31.3
     torch.testing.assert_close(logp, (logits / 0.8).log_softmax(0)[token])
@@ -139,9 +139,30 @@ def test_draws_follow_the_softmax() -> None:
 
 def test_extreme_uniforms_stay_inside_the_support() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2)
-    token, logp = draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling())
+    token, logp = draw(logits, torch.arange(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), Sampling())
     assert token.tolist() == [1, 2]
     assert logp.isfinite().all()
+
+
+def test_rows_share_a_distribution_in_any_order() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    slot = torch.tensor([2, 0, 2, 2, 0])
+    noise = uniforms(torch.arange(5), 1)[:, 0]
+    shared = draw(logits, slot, noise, Sampling())
+    apart = draw(logits[slot], torch.arange(5), noise, Sampling())
+    assert torch.equal(shared[0], apart[0])
+    assert torch.equal(shared[1], apart[1])
+
+
+def test_equal_pasts_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy("nano")
+    widths, step = [], LlamaDecoder.step
+    monkeypatch.setattr(LlamaDecoder, "step", lambda self, t: widths.append(len(t)) or step(self, t))
+    policy.sampler.sample(prompts_of(policy), 16, None, Sampling(4, temperature=0))
+    assert max(widths) <= 3
+    widths.clear()
+    policy.sampler.sample([policy.encode("a")], 64, torch.zeros(64, dtype=torch.long), Sampling(4))
+    assert set(widths) <= {1}
 
 
 def test_top_k_and_top_p_keep_the_right_tokens() -> None:
@@ -158,8 +179,10 @@ def test_top_k_and_top_p_keep_the_right_tokens() -> None:
 
 
 def test_top_k_logp_is_renormalised() -> None:
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(500, -1)
-    token, logp = draw(logits, uniforms(torch.arange(500), 1)[:, 0], Sampling(top_k=2))
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    token, logp = draw(
+        logits, torch.zeros(500, dtype=torch.long), uniforms(torch.arange(500), 1)[:, 0], Sampling(top_k=2)
+    )
     assert set(token.tolist()) == {0, 1}
     torch.testing.assert_close(logp, torch.tensor([4 / 7, 3 / 7]).log()[token])
 

@@ -7,7 +7,6 @@ flow matching, so that fresh noise maps to the actions just seen. Then a new enc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from trimtab.core.method import Method, Phase, Track
 from trimtab.core.phases import clear, copy, freeze, fresh, phased, thaw
 from trimtab.core.piece import piece
 from trimtab.core.registry import Neutral, method
-from trimtab.core.state import State
 from trimtab.core.terms import Term
 from trimtab.stages.annotate import logp_old
 from trimtab.stages.surrogate import clip, pessimistic, surrogate, token_ratio
@@ -172,21 +170,6 @@ def flow_matching(batch: Batch, now: Now) -> Term:
     return Term((now["velocity"] - batch.velocity).square().mean((-1, -2)), "flow_matching")
 
 
-@dataclass(frozen=True)
-class Forget:
-    """A phase action: the copy starts over from its source, with nothing remembered."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"forget({self.name})"
-
-    def __call__(self, state: State, method: Method) -> None:
-        kept = state.copies[self.name]
-        kept.module.load_state_dict(state.lookup()[kept.rule.source].state_dict())
-        kept.memory = {"count": 0}
-
-
 def refinement(act: Any, *, lr: float, wanted: int, noises: int, rows: int) -> Method:
     """The refine phase: the decoder alone, supervised."""
     return Method(
@@ -233,15 +216,15 @@ def gorl(
     later = first.swap("latent_penalty.coef", later_penalty).swap("policy:update.clip", later_norm)
     later = later.swap("surrogate.bound", clip(later_clip, later_clip)).swap("critic:update.clip", later_norm)
     refining = refinement(decode(steps=steps), lr=decoder_lr, wanted=wanted, noises=noises, rows=decoder_rows)
-    again = (copy("decoder", "acting"), fresh("policy"), fresh("critic"), Forget("best"), freeze("decoder"),
-             thaw("policy"), thaw("critic"))  # fmt: skip
+    again = (copy("decoder", "acting"), fresh("policy"), fresh("critic"), freeze("decoder"), thaw("policy"),
+             thaw("critic"))  # fmt: skip
     learn = (freeze("policy"), freeze("critic"), thaw("decoder"), fresh("decoder"), clear("/pairs"))
     legs = []
     for stage in range(stages):
         enter = again if stage else (freeze("decoder"),)
         legs.append(Phase(f"encode {stage}", later if stage else first, {"turns": encode}, enter))
         legs.append(Phase(f"refine {stage}", refining, {"turns": refine}, learn))
-    return phased("gorl", legs).but(copies=names)
+    return phased("gorl", legs)
 
 
 CASES = {"ppo": (ppo, case), "gorl": (gorl, case)}

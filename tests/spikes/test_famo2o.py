@@ -338,9 +338,9 @@ def test_resumes_bitwise_in_each_phase_and_at_the_switch(tmp_path: Any) -> None:
         assert same(step.state.tree(), whole)
 
 
-@pytest.mark.parametrize("memory", [1, 5])
+@pytest.mark.parametrize("memory", [3, 5])
 def test_memory_changes_nothing(memory: int) -> None:
-    left, right = parameters(final(short(), 8)), parameters(final(short(), 8, memory=memory, debug=True))
+    left, right = parameters(final(short(), 8)), parameters(final(short(), 8, memory=memory, debug=memory == 5))
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], atol=1e-10, rtol=0)
 

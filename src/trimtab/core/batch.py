@@ -53,7 +53,11 @@ class Batch(Mapping[str, Column]):
     guard: Guard | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(column) for name, column in self.columns.items()}
+        try:
+            sizes = {name: len(column) for name, column in self.columns.items()}
+        except TypeError as e:
+            bad = [name for name, column in self.columns.items() if getattr(column, "shape", ()) == ()]
+            raise ColumnError(f"one of {bad} has no rows; a column is a tensor whose first axis is the row") from e
         if len(set(sizes.values())) > 1:
             raise ColumnError(f"columns have different numbers of rows: {sizes}; every column has one entry per row")
 
@@ -69,6 +73,10 @@ class Batch(Mapping[str, Column]):
         if name.startswith("__") or name == "columns":
             raise AttributeError(name)
         return self[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The column, or `default` when there is none; an undeclared one raises as ever."""
+        return self[name] if name in self.columns else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.columns)
@@ -98,6 +106,8 @@ class Batch(Mapping[str, Column]):
 
     def take(self, rows: Tensor) -> Batch:
         """The rows of a long index `[n]` or a bool mask `[N]`, in that order."""
+        if rows.dtype == torch.bool and len(rows) != len(self):
+            raise ColumnError(f"a mask of {len(rows)} rows cannot choose from a batch of {len(self)}")
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         picks = index.tolist()
         return Batch(
@@ -176,7 +186,8 @@ class Segments:
         return cls(index, len(unique))
 
     def total(self, x: Tensor) -> Tensor:
-        """One sum per segment, `[size, ...]`."""
+        """One sum per segment, `[size, ...]`; of a bool, how many are true."""
+        x = x.long() if x.dtype == torch.bool else x
         return x.new_zeros(self.size, *x.shape[1:]).index_add_(0, self.index, x)
 
     @property
@@ -192,8 +203,7 @@ class Segments:
         return self.total(x)[self.index]
 
     def mean(self, x: Tensor) -> Tensor:
-        counts = self.counts.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        return (self.total(x) / counts)[self.index]
+        return (self.total(x) / self._along(self.counts, x))[self.index]
 
     def std(self, x: Tensor, ddof: int = 1) -> Tensor:
         """Standard deviation; exactly 0 where all values are equal, and for a segment of `ddof` rows or fewer."""
@@ -201,8 +211,14 @@ class Segments:
         first = self.distinct(x)[self.index]
         shifted = x - first
         deviation = shifted - self.mean(shifted)
-        free = (self.counts - ddof).clamp_min(1).to(x.dtype)
-        return (self.total(deviation.square()) / free).sqrt()[self.index]
+        free = self._along(self.counts - ddof, x)
+        variance = self.total(deviation.square()) / free.clamp_min(1)
+        return variance.masked_fill(free <= 0, 0.0).sqrt()[self.index]
+
+    @staticmethod
+    def _along(values: Tensor, x: Tensor) -> Tensor:
+        """`[size]` shaped to go with `[size, ...]` of `x`."""
+        return values.reshape(-1, *[1] * (x.dim() - 1))
 
     def max(self, x: Tensor) -> Tensor:
         return self._extreme(x, "amax")

@@ -26,10 +26,29 @@ def pieces_of(method: Method) -> Iterator[tuple[Track | None, Piece]]:
 
 def check(method: Method, models: Mapping[str, Any]) -> None:
     """Raise MethodError, with the reason, when this method cannot run on these models."""
-    for phase in method.phases:
-        _check(phase.method, models, {**method.copies, **phase.method.copies})
     if not method.phases:
         _check(method, models, method.copies)
+        return
+    if method.copies or method.pieces or method.tracks:
+        raise MethodError(f"{method.name} runs in phases, so its copies, pieces and tracks belong into them")
+    copies: dict[str, Any] = {}
+    for phase in method.phases:
+        for name, rule in phase.method.copies.items():
+            if copies.setdefault(name, rule) != rule:
+                raise MethodError(f"copy {name!r} is {copies[name]} in one phase and {rule} in another; rename one")
+    trained: dict[str, str] = {}
+    for phase in method.phases:
+        _check(phase.method, models, copies)
+        for track in phase.method.tracks:
+            if trained.setdefault(track.name, track.trains) != track.trains:
+                raise MethodError(
+                    f"track {track.name!r} trains {trained[track.name]!r} in one phase of {method.name} and "
+                    f"{track.trains!r} in another; they would share an optimiser. Give them different names."
+                )
+        for action in phase.enter:
+            for name in getattr(action, "models", ()):
+                if name not in {*models, *copies}:
+                    raise MethodError(f"{action} on entering {phase.name!r}: {nearest(name, {*models, *copies})}")
 
 
 def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any]) -> None:
@@ -40,9 +59,17 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
         for source in (rule.source, rule.options.get("b", rule.source)):
             if source not in known:
                 raise MethodError(f"copy {name!r} follows {source!r}, which is no model. {nearest(source, known)}")
+        chain = [name]
+        while chain[-1] in copies:
+            chain.append(copies[chain[-1]].source)
+            if chain[-1] in chain[:-1]:
+                raise MethodError(f"copy {name!r} follows itself: {' -> '.join(chain)}")
     collects = [p for p in method.pieces if p.stage == "collect"]
     if len(collects) != 1:
         raise MethodError(f"{method.name} has {len(collects)} collect pieces; a method has exactly one")
+    for p in method.pieces:
+        if p.stage in ("loss", "update", "probe"):
+            raise MethodError(f"{p.name} is a {p.stage} piece, which belongs into a track of {method.name}")
     columns = _read_in_order(method, collects[0])
     for track in method.tracks:
         if track.trains not in models:
@@ -50,6 +77,8 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
                 f"track {track.name!r} of {method.name} trains {track.trains!r}, which is no model here. "
                 f"{nearest(track.trains, models)}"
             )
+        if track.update.core.one_gradient and not track.of("loss"):
+            raise MethodError(f"{track.update.core.name} takes a gradient, and track {track.name!r} has no loss")
         _wants(method, track, models)
         seen = set(columns)
         for stage in ("annotate", "credit", "select", "loss", "update", "probe"):
@@ -60,9 +89,6 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
         for name in p.uses:
             if name not in known:
                 raise MethodError(f"{p.name} of {method.name} uses the model {name!r}. {nearest(name, known)}")
-    names = [n for n, _, _ in _losses(method)]
-    if not method.phases and not names and method.tracks and all(t.of("loss") for t in method.tracks):
-        raise MethodError(f"{method.name} has no loss")
 
 
 def _read_in_order(method: Method, collect: Piece) -> set[str]:
@@ -81,10 +107,6 @@ def _reads(method: Method, p: Piece, columns: set[str]) -> None:
             f"{p.name} ({p.stage}) of {method.name} reads column {missing[0]!r}, which nothing before it writes. "
             f"Written so far: {', '.join(sorted(columns))}. Add a piece that writes it, before {p.name}."
         )
-
-
-def _losses(method: Method) -> list[tuple[str, str, Piece]]:
-    return [row for row in method.places() if row[2].stage == "loss"]
 
 
 def _wants(method: Method, track: Track, models: Mapping[str, Any]) -> None:

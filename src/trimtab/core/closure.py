@@ -105,7 +105,7 @@ class Closure:
             values = {name: v[0] / v[1] if v[1] > 0 else v[0] for name, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), values)
         if not create_graph:
-            self._finite(made)
+            self._finite(made, [name for name, v in sums.items() if not v[1] > 0])
         return made
 
     def terms(self, params: Params | None = None, where: Tensor | None = None) -> dict[str, Weighted]:
@@ -135,6 +135,8 @@ class Closure:
             made = self._terms(micro, cut)
             sums = {name: w.sum() for name, w in made.items()}
             losses = [v for name, v in sums.items() if not made[name].metric]
+            if not losses:
+                raise MethodError(f"track {self.track.name!r} has no loss term to take a gradient of")
             total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
             yield total, {
                 name: torch.stack([v.detach(), made[name].weight.sum() if made[name].metric else v.new_zeros(())])
@@ -167,6 +169,11 @@ class Closure:
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
                 cut = weight[1 if term.metric else 0]
+                if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
+                    raise MethodError(
+                        f"term {term.name!r} has shape {list(term.value.shape)}; a term is un-reduced, one value per "
+                        f"decision {list(cut.shape)} or per row {[len(cut)]}"
+                    )
                 made[term.name] = Weighted(term.value, cut, "token" if term.metric else per, term.metric)
         return made
 
@@ -237,11 +244,11 @@ class Closure:
             for module, leaf, _, old in places:
                 module._parameters[leaf] = old  # type: ignore[assignment]
 
-    def _finite(self, made: Gradient) -> None:
+    def _finite(self, made: Gradient, summed: list[str]) -> None:
         if torch.isfinite(made.loss) and torch.isfinite(made.norm):
             return
-        bad = [name for name, v in made.terms.items() if not torch.isfinite(v)]
-        what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {sorted(made.terms)}"
+        bad = [name for name in summed if not torch.isfinite(made.terms[name])]
+        what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"
         raise NonFiniteError(
             f"{what} in track {self.track.name!r} is not finite at update {self.kit.clock.updates}; no parameter was "
             f"changed. A nan or infinite reward, advantage or log-probability in its columns gives this, and so does "

@@ -79,7 +79,10 @@ def pool(source: str, k: int, every: int) -> Copy:
 
 
 def best(source: str, metric: str) -> Copy:
-    """The source at the end of the turn whose logged `metric` was highest so far."""
+    """The source at the end of the turn whose logged `metric` was highest so far.
+
+    The metric must be of the updated source, as a probe's is: what collect logs belongs to the one before.
+    """
     return Copy("best", source, "end", {"metric": metric})
 
 
@@ -103,6 +106,11 @@ class Kept:
     def of(cls, rule: Copy, source: nn.Module) -> Kept:
         module = copying.deepcopy(source).requires_grad_(False)
         return cls(rule, module, {"count": 0})
+
+    def restart(self, source: nn.Module) -> None:
+        """Be the source as it is now, remembering nothing."""
+        self._blend(source, 1.0)
+        self.memory = {"count": 0}
 
     def state_dict(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "memory": self.memory}

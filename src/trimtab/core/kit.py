@@ -61,6 +61,7 @@ class Kit:
         self.models: Mapping[str, nn.Module] = state.lookup()
         self.environment: Any = state.environment
         self.clock: Clock = state.clock
+        self.decisions: int | None = None
         self.single = True
         self.preparing = True
         self.scope = ""
@@ -78,6 +79,10 @@ class Kit:
     def rng(self, name: str) -> torch.Generator:
         """A named random stream of the run; it is saved, and it does not depend on any other stream."""
         return self._tree.stream(f"{self.scope}/{name}" if self.scope else name)
+
+    def decided(self, count: int) -> None:
+        """Say how many decisions were made for this batch, when it holds others too (replayed or offline rows)."""
+        self.decisions = count
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Record a number; several of one turn are averaged. Tensors are read once, at the end of the turn."""
@@ -120,6 +125,8 @@ class Kit:
 
         Rows it does not concern keep what a column held, and get zeros in a new one.
         """
+        self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
+        self.preparing = True
         reserved = piece.core.options
         chosen = rows_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else rows_of(batch, None)
         if bool(chosen.all()):
@@ -131,9 +138,12 @@ class Kit:
                 raise MethodError(f"{piece.name} drops rows of a batch with several sources; there it may only shrink keep")
         spread: dict[str, Any] = {}
         for name in piece.union("writes"):
+            if len(made) and name not in made.columns:  # it declared a column that it had no need to write
+                continue
             new = made.columns.get(name, batch.columns["mask"])
             assert isinstance(new, Tensor)
-            old = batch.columns.get(name, new.new_zeros(len(batch), *new.shape[1:], dtype=_float(new)))
+            dtype = new.dtype if len(made) else torch.get_default_dtype()
+            old = batch.columns.get(name, new.new_zeros(len(batch), *new.shape[1:], dtype=dtype))
             assert isinstance(old, Tensor)
             spread[name] = old.index_copy(0, chosen.nonzero().squeeze(1), new.to(old.dtype)) if len(made) else old
         return batch.put(**spread)
@@ -146,7 +156,7 @@ class Kit:
         guard = Guard(piece.name, piece.union("reads"), piece.union("writes"))
         made: Batch = piece(self, batch.guarded(guard), *more)
         self.unchanged(piece, before)
-        return made.guarded(None)
+        return made if piece.stage == "probe" else made.guarded(None)
 
     def _versions(self) -> dict[str, int]:
         return {n: sum(t._version for t in (*m.parameters(), *m.buffers())) for n, m in self.models.items()}
@@ -167,7 +177,3 @@ class Kit:
         for (name, _), v in zip(logs, values):
             sums.setdefault(name, []).append(v)
         return {name: sum(v) / len(v) for name, v in sums.items()}
-
-
-def _float(column: Tensor) -> torch.dtype:
-    return column.dtype if column.is_floating_point() else torch.get_default_dtype()

@@ -39,10 +39,13 @@ def begin(method: Method, environment: Any, models: Mapping[str, nn.Module], *, 
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     named = dict(models)
+    rules = {k: rule for m in (method, *(p.method for p in method.phases)) for k, rule in m.copies.items()}
     copies: dict[str, Kept] = {}
-    for m in (method, *(p.method for p in method.phases)):
-        for name, rule in m.copies.items():
-            copies.setdefault(name, Kept.of(rule, named[rule.source]))
+    for name, rule in rules.items():
+        source = rule.source
+        while source not in named:  # a copy of a copy: at the start they are all the model
+            source = rules[source].source
+        copies[name] = Kept.of(rule, named[source])
     state = State(seed, method.fingerprint(), method.name, named, copies, environment)
     for m in (method, *(p.method for p in method.phases)):
         make_state(state, m)
@@ -92,9 +95,12 @@ def run(
         updates(state, kit, batch)
         state.clock.turns += 1
         state.clock.rows += len(batch)
-        state.clock.decisions += batch.decisions
-        for p in (p for t in kit.method.tracks for p in t.of("probe")):
-            kit.annotate(p, batch)
+        state.clock.decisions += batch.decisions if kit.decisions is None else kit.decisions
+        for track in kit.method.tracks:
+            kit.scope, kit.model = track.name, track.trains
+            for p in track.of("probe"):
+                kit.annotate(p, batch)
+        kit.scope, kit.model = "", "policy"
         logs = kit.drain()
         refresh(state, kit, "end", logs)
         yield Step(state.clock.turns, batch, logs, state)
@@ -110,7 +116,7 @@ def collected(kit: Kit) -> Batch:
         batch = batch.put(keep=batch["mask"])
     per_batch = kit.method.passes * (1 if kit.method.rows is None else -(-len(batch) // kit.method.rows))
     learners = [t for t in kit.method.tracks if t.trains == "policy"]
-    kit.single = per_batch == 1 and len(learners) == 1 and learners[0].update.core.one_gradient
+    kit.single = per_batch == 1 and len(learners) == 1 and _one_gradient(learners[0])
     for stage in ("annotate", "credit", "select"):
         for p in shared:
             if p.stage == stage and p.at == "batch":
@@ -145,7 +151,7 @@ def step(state: State, kit: Kit, track: Track, rows: Batch, stopped: set[str]) -
     refresh(state, kit, "before", source=track.trains)
     closure = Closure(kit, track, rows)
     logs, stop = track.update(kit, closure)
-    prefix = "" if len(kit.method.tracks) == 1 else f"{track.name}/"
+    prefix = "" if len(kit.method.tracks) == 1 and state.phases.index < 0 else f"{track.name}/"
     for name, value in logs.items():
         kit.log(prefix + name, value)
     if stop:
@@ -193,10 +199,15 @@ def enter(state: State, method: Method) -> Method:
         phases.index += 1
         phases.since = state.clock.counts()
         phase = method.phases[phases.index]
+        refresh(state, Kit(state, phase.method, None, False), "phase")  # first: an action may make the source new
         for action in phase.enter:
             action(state, phase.method)
-        refresh(state, Kit(state, phase.method, None, False), "phase")
     return method.phases[phases.index].method
+
+
+def _one_gradient(track: Track) -> bool:
+    """Whether its update, with every wrap around it, asks for one gradient at the current parameters."""
+    return all(p.one_gradient for p in track.update.walk() if p.stage == "update")
 
 
 def _unit(method: Method) -> str:

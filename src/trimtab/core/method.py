@@ -7,7 +7,7 @@ Addresses. A piece is named by its slot (`credit`, `surrogate`, `update`), an op
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.core.copies import Copy
 from trimtab.core.errors import MethodError, nearest
-from trimtab.core.piece import SINGLE, Piece
+from trimtab.core.piece import SINGLE, STAGES, Piece
 
 YOU = "you"  # who made an edit that no method made
 
@@ -65,6 +65,13 @@ class Track:
     every: int = 1
     on: str = "update"
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.on not in ("update", "last"):
+            raise MethodError(
+                f"track {self.name!r} has every={self.every!r} and on={self.on!r}; it runs on each k-th 'update', k >= 1, "
+                f"or on the 'last' of a batch"
+            )
+
     def of(self, stage: str) -> tuple[Piece, ...]:
         return tuple(p for p in self.pieces if p.stage == stage)
 
@@ -101,11 +108,11 @@ class Method:
 
     # -- addresses ----------------------------------------------------------------------------------------------
     def places(self) -> Iterator[tuple[str, str, Piece]]:
-        """(track name or "", slot, piece) in running order: shared pieces first, then track by track."""
-        for p in self.pieces:
+        """(track name or "", slot, piece) in running order: shared pieces stage by stage, then track by track."""
+        for p in in_order(self.pieces):
             yield "", p.slot, p
         for track in self.tracks:
-            for p in track.all():
+            for p in in_order(track.all()):
                 yield track.name, p.slot, p
 
     def locate(self, path: str) -> tuple[str, Piece, list[str]]:
@@ -113,6 +120,11 @@ class Method:
         where, _, local = path.rpartition(":")
         first, *rest = local.split(".")
         found = [(t, p) for t, slot, p in self.places() if first in _names(p) and where in ("", t)]
+        if not found and self.phases:
+            raise MethodError(
+                f"{self.name} runs in phases {[p.name for p in self.phases]}, and {path!r} is inside them; "
+                f"change it there with each(lambda name, method: ...)"
+            )
         if not found:
             known = {f"{t}:{s}" if len(self.tracks) > 1 and t else s for t, s, _ in self.places()}
             raise MethodError(f"{self.name} has no piece {path!r}. {nearest(first, known)}")
@@ -156,26 +168,23 @@ class Method:
         track, piece, rest = self.locate(path)
         old = piece.find(rest)
         full = self._full(track, piece, rest)
+        stage = "part" if rest else piece.stage
+        if (value.stage != stage) if isinstance(value, Piece) else not rest:
+            raise MethodError(f"{show(value)} cannot stand at {path!r}, which is for a {stage} piece")
+        here = self._local(full)
         for edit in self.edits:
-            related = _covers(full, edit.path) or _covers(edit.path, full)
+            there = self._local(edit.path)
+            related = _covers(here, there) or _covers(there, here)
             mine = author.name == YOU or edit.by == author.name or edit.by in author.lineage
             if edit.kind == "swap" and related and not mine:
                 raise MethodError(
                     f"{author.name} and {edit.by} both swap {edit.path!r}, so they cannot be used together: "
                     f"one would silently undo the other. Choose one of them."
                 )
-        lost = [p for p in self.explicit if _covers(full, p) and p != full]
-        if lost:
-            raise MethodError(
-                f"{author.name} replaces {full!r} ({show(old)}), but its option {lost[0]!r} was set; it would be "
-                f"ignored. Leave that option out, or set one of {show(value)}."
-            )
-        if isinstance(value, Piece) and not rest:
-            value = replace(value, slot=piece.slot)
-            new = value
-        else:
-            new = piece.assign(rest, value)
-        return self._put(track, piece, new)._noted("swap", full, f"{show(old)} -> {show(value)}")
+        self._keeps(full, f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}", again=author.name == YOU)
+        new = _inside(old, value if rest else replace(value, slot=piece.slot), full)
+        text = f"{show(getattr(old, 'core', old))} -> {show(value)}"
+        return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
 
     def set(self, path: str, value: Any) -> Method:
         """Give an option another value, as a user does. A later swap that would lose it is refused."""
@@ -197,7 +206,10 @@ class Method:
             raise MethodError(f"only a piece can be wrapped; {path!r} is the value {old!r}")
         if "inner" not in wrapper.options:
             raise MethodError(f"{wrapper.name} has no 'inner' option, so it cannot wrap {path!r}")
-        new = replace(wrapper, slot=old.slot, stage=old.stage, options={**wrapper.options, "inner": old})
+        if wrapper.stage != old.stage:
+            raise MethodError(f"{wrapper.name} wraps a {wrapper.stage} piece, and {path!r} is a {old.stage} piece")
+        at = "update" if "update" in (wrapper.at, old.at) and old.stage != "part" else wrapper.at
+        new = replace(wrapper, slot=old.slot, at=at, options={**wrapper.options, "inner": old})
         full = self._full(track, piece, rest)
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("wrap", full, wrapper.name)
 
@@ -207,25 +219,29 @@ class Method:
         for p in pieces:
             if p.stage in SINGLE:
                 raise MethodError(f"a method has one {p.stage}; use swap({p.stage!r}, ...) to replace it")
-            if any(slot == p.slot for t, slot, _ in made.places() if t in ("", track or made._first(p))):
+            where = self.track(track).name if track else made._first(p)
+            if p.stage == "part" or "inner" in p.options or (p.stage in ("loss", "probe") and not where):
+                raise MethodError(f"{p.name} is a part, a wrap, or has no track to stand in; it cannot be added alone")
+            if any(slot == p.slot for t, slot, _ in made.places() if t in ("", where)):
                 raise MethodError(f"{made.name} already has a piece {p.slot!r}; swap it, or give this one another slot")
-            where = track or made._first(p)
             made = made._add(p, where)._noted("then", f"{where}:{p.slot}" if where else p.slot, show(p))
         return made
 
     def drop(self, path: str) -> Method:
         """Remove a whole piece."""
         track, piece, rest = self.locate(path)
-        if rest or piece.stage in SINGLE:
+        if rest or piece.stage in SINGLE or path.rpartition(":")[2] != piece.slot:
             raise MethodError(f"{path!r} cannot be dropped; swap it for a neutral value instead")
-        return self._put(track, piece, None)._noted("drop", self._full(track, piece, []), piece.name)
+        full = self._full(track, piece, [])
+        self._keeps(full, f"{_AUTHOR.get().name} drops {full!r} ({show(piece)})")
+        return self._put(track, piece, None)._noted("drop", full, piece.name)
 
     def on(self, track: str) -> OnTrack:
         """The same changes, with addresses meant inside one track: `m.on("critic").swap("update", adam(1e-3))`."""
         return OnTrack(self, self.track(track).name)
 
     def but(self, **fields: Any) -> Method:
-        """Change `rows`, `passes`, `name`, `phases`, add `copies` or a track; recorded like every other edit."""
+        """Change `rows`, `passes`, `name`, `phases`, add `copies`, or add a `track` (last, or `before` another one)."""
         made = self
         if "copies" in fields:
             added = fields.pop("copies")
@@ -235,17 +251,29 @@ class Method:
                 made = made._noted("then", f"copy {name}", str(copy))
             made = replace(made, copies={**self.copies, **added})
         if "track" in fields:
-            track = fields.pop("track")
+            track, before = fields.pop("track"), fields.pop("before", None)
             if any(t.name == track.name for t in self.tracks):
                 raise MethodError(f"{self.name} already has a track {track.name!r}")
-            made = replace(made, tracks=(*made.tracks, track))._noted("then", f"track {track.name}", track.trains)
+            place = len(made.tracks) if before is None else made.tracks.index(made.track(before))
+            made = replace(made, tracks=(*made.tracks[:place], track, *made.tracks[place:]))._noted("then", f"track {track.name}", track.trains)
         for name, value in fields.items():
             if name not in ("rows", "passes", "name", "phases"):
                 raise MethodError(f"a method has no field {name!r} to change. Known: rows, passes, copies, track, phases")
             if name in ("rows", "passes") and getattr(made, name) != value:
+                if not (isinstance(value, int) and value >= 1) and (name, value) != ("rows", None):
+                    raise MethodError(f"{name}={value!r} must be a whole number of at least 1")
+                made._keeps(name, f"{_AUTHOR.get().name} sets {name}={value}", again=_AUTHOR.get().name == YOU)
                 made = made._noted("set", name, f"{getattr(made, name)} -> {value}")
+                if _AUTHOR.get().name == YOU:
+                    made = replace(made, explicit=(*made.explicit, name))
             made = replace(made, **{name: value})
         return made
+
+    def each(self, edit: Callable[[str, Method], Method]) -> Method:
+        """A phased method with `edit(phase name, its method)` made in every phase; a plain method is refused."""
+        if not self.phases:
+            raise MethodError(f"{self.name} has no phases; change it directly")
+        return replace(self, phases=tuple(replace(p, method=edit(p.name, p.method)) for p in self.phases))
 
     def track(self, name: str) -> Track:
         for t in self.tracks:
@@ -260,6 +288,17 @@ class Method:
     def _full(self, track: str, piece: Piece, rest: list[str]) -> str:
         head = f"{track}:{piece.slot}" if track and len(self.tracks) > 1 else piece.slot
         return ".".join([head, *rest])
+
+    def _local(self, path: str) -> str:
+        """`path` as it was written while there was only the first track."""
+        return path.removeprefix(f"{self.tracks[0].name}:") if self.tracks else path
+
+    def _keeps(self, full: str, doing: str, again: bool = False) -> None:
+        """Refuse `doing` when it loses what was asked for at or below `full`; `again`: at `full` itself it may."""
+        here = self._local(full)
+        lost = [p for p in self.explicit if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
+        if lost:
+            raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
 
     def _noted(self, kind: str, path: str, text: str) -> Method:
         return replace(self, edits=(*self.edits, Edit(_AUTHOR.get().name, kind, path, text)))
@@ -310,9 +349,23 @@ class OnTrack:
         return self.method.then(*pieces, track=self.track)
 
 
+def in_order(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """Stage by stage; within a stage as written."""
+    return sorted(pieces, key=lambda p: STAGES.index(p.stage))
+
+
 def _names(p: Piece) -> set[str]:
     """What a piece answers to: its slot, and the name of every wrap around it."""
     return {p.slot} | ({p.name} | _names(p.inner) if p.inner else set())
+
+
+def _inside(old: Any, value: Any, path: str) -> Any:
+    """`value` in the place of `old`, inside the wraps around it."""
+    if not isinstance(old, Piece) or old.inner is None:
+        return value
+    if not isinstance(value, Piece):
+        raise MethodError(f"{path!r} is wrapped by {old.name}, which {show(value)} would lose")
+    return replace(old, options={**old.options, "inner": _inside(old.inner, value, path)})
 
 
 def _covers(path: str, other: str) -> bool:
@@ -324,6 +377,8 @@ def show(value: Any) -> str:
     if isinstance(value, Piece):
         inside = ", ".join(f"{k}={show(v)}" for k, v in value.options.items())
         return f"{value.name}({inside})" if inside else value.name
+    if isinstance(value, Copy):
+        return str(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     return repr(value)

@@ -13,6 +13,10 @@ from trimtab.core.method import Method, Phase
 from trimtab.core.state import State
 
 
+# Copies that follow their source all the time: they start anew with it. Others keep what they were taken for.
+FOLLOWERS = ("polyak", "every", "previous", "pool", "best")
+
+
 @dataclass(frozen=True)
 class Action:
     """One thing done on entering a phase."""
@@ -21,15 +25,16 @@ class Action:
     name: str
     to: str = ""
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models it names."""
+        return () if self.kind == "clear" else tuple(filter(None, (self.name, self.to)))
+
     def __str__(self) -> str:
         return f"{self.kind}({self.name}{' -> ' + self.to if self.to else ''})"
 
     def __call__(self, state: State, method: Method) -> None:
         models = state.lookup()
-        if self.kind in ("copy", "fresh", "freeze"):
-            for name in filter(None, (self.name, self.to)):
-                if name not in models:
-                    raise MethodError(f"{self}: there is no model {name!r} in this run; it has {sorted(models)}")
         if self.kind == "copy":
             with torch.no_grad():
                 models[self.to].load_state_dict(models[self.name].state_dict())
@@ -39,6 +44,9 @@ class Action:
                 if callable(reset):
                     reset()
             make_state(state, method, only=self.name)
+            for kept in state.copies.values():
+                if kept.rule.source == self.name and kept.rule.kind in FOLLOWERS:
+                    kept.restart(models[self.name])
         elif self.kind == "freeze":
             state.phases.frozen = sorted({*state.phases.frozen, self.name})
         elif self.kind == "thaw":

@@ -87,8 +87,11 @@ class Piece:
         head = prefix
         rows: dict[str, Any] = {prefix: self.name}
         if self.inner is not None:  # what it surrounds keeps its address; the wrap is listed behind it
+            rows = self.inner.flatten(prefix)
             head = f"{self.name}({prefix})"
-            rows = {**self.inner.flatten(prefix), head: "wrap"}
+            while head in rows:  # the same wrap twice
+                head = f"{self.name}({head})"
+            rows[head] = "wrap"
         for name, value in self.options.items():
             if name == "inner":
                 continue
@@ -210,7 +213,11 @@ def piece(
 
         @wraps(fn)
         def make(*args: Any, **options: Any) -> Piece:
-            given = dict(zip(defaults, args)) | options
+            given = dict(zip(defaults, args))
+            twice = sorted(given.keys() & options.keys())
+            if twice:
+                raise MethodError(f"{fn.__name__} got its option {twice[0]!r} twice")
+            given |= options
             unknown = [n for n in given if n not in defaults]
             if unknown or len(args) > len(defaults):
                 what = unknown[0] if unknown else str(args[len(defaults)])

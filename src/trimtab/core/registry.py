@@ -75,7 +75,10 @@ class Definition:
         changed = {n: v for n, v in options.items() if show(v) != show(self.parameters[n])}
         explicit = list(made.explicit)
         for name in changed:
-            without = self._build(base, {k: v for k, v in options.items() if k != name})
+            try:
+                without = self._build(base, {k: v for k, v in options.items() if k != name})
+            except MethodError:  # the others need it, so it matters; what it sets shows against the defaults
+                without = self._build(base, {})
             paths = [path for path, _, _ in diff(without, made)]
             if not paths:
                 raise MethodError(
@@ -86,7 +89,12 @@ class Definition:
         name = self.name
         if base is not None and self.base is not None and base.name != self.base.name:
             name = f"{self.name}+{base.name}"
-        return replace(made, name=name, explicit=tuple(dict.fromkeys(explicit)))
+        made = replace(made, name=name, explicit=tuple(dict.fromkeys(explicit)))
+        phases = [
+            replace(p, method=replace(p.method, explicit=(*p.method.explicit, *_below(f"phase {i + 1} {p.name} / ", explicit))))
+            for i, p in enumerate(made.phases)
+        ]
+        return replace(made, phases=tuple(phases))
 
     def _build(self, base: Method | None, options: dict[str, Any]) -> Method:
         with authored_by(self.name, self.lineage):
@@ -94,6 +102,10 @@ class Definition:
 
     def __add__(self, other: Definition) -> Method:
         return self(other())
+
+
+def _below(head: str, paths: list[str]) -> list[str]:
+    return [path.removeprefix(head) for path in paths if path.startswith(head)]
 
 
 _METHODS: dict[str, Definition] = {}
@@ -118,10 +130,11 @@ def method(
         if base is not None and made.neutral is None:
             raise MethodError(f"{made.name} changes {base.name}, so it must declare the options at which it is {base.name}")
         if register:
-            for key in (made.name, *made.aliases, *([made.arxiv] if made.arxiv else [])):
+            keys = (made.name, *made.aliases, *([made.arxiv] if made.arxiv else []))
+            for key in keys:
                 if key in _METHODS:
                     raise MethodError(f"two methods answer to {key!r}: {_METHODS[key].title} and {title}. Rename one.")
-                _METHODS[key] = made
+            _METHODS.update(dict.fromkeys(keys, made))
         return made
 
     return decorate
@@ -172,9 +185,9 @@ def _call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
     if isinstance(node, ast.Call):
         try:
             options = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
-        except ValueError:
+        except (ValueError, TypeError):
             raise MethodError(f"options in {expression!r} must be plain values: numbers, 'text', True, None") from None
-        if node.args:
+        if node.args or len(options) < len(node.keywords):  # a starred dict has no name
             raise MethodError(f"options in {expression!r} must be named: {ast.unparse(node.func)}(option=value)")
         node = node.func
     if isinstance(node, ast.Name):

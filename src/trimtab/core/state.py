@@ -127,6 +127,10 @@ class State:
 
     def load(self, tree: dict[str, Any]) -> None:
         """Put a saved tree back into these live objects. The tree must fit: CheckpointError says what does not."""
+        for name in ("models", "copies"):
+            saved, mine = sorted(tree[name]), sorted(getattr(self, name))
+            if saved != mine:
+                raise CheckpointError(f"the checkpoint holds the {name} {saved}, and this run has {mine}")
         self.seed = tree["seed"]
         self.phases = Phases(**tree["phases"])
         self.streams = {name: torch.Generator() for name in tree["streams"]}
@@ -157,18 +161,26 @@ def _restore(target: Any, saved: Any, path: str) -> Any:
             raise CheckpointError(f"the saved {path} does not fit this run: {e}") from e
         return target
     if isinstance(target, dict) and isinstance(saved, Mapping):
-        for k, v in saved.items():
-            target[k] = _restore(target.get(k), v, f"{path}.{k}")
+        restored = {k: _restore(target.get(k), v, f"{path}.{k}") for k, v in saved.items()}
+        target.clear()  # a key that was not saved was not there
+        target.update(restored)
         return target
+    if isinstance(target, (list, tuple)) and isinstance(saved, (list, tuple)) and len(target) == len(saved):
+        return type(saved)(_restore(t, v, f"{path}.{i}") for i, (t, v) in enumerate(zip(target, saved)))
     return saved
 
 
 # -- files ------------------------------------------------------------------------------------------------------
 
 
+_NOT_SAVED = (torch.complex128,)  # safetensors has no such type
+
+
 def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """JSON for the tree; tensors go to the side, exact types survive."""
-    if isinstance(value, Tensor):
+    if path in tensors:  # keys 1 and "1", or "a/b" and b below a
+        path = f"{path}#{len(tensors)}"
+    if isinstance(value, Tensor) and value.dtype not in _NOT_SAVED:
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"$tensor": path}
     if isinstance(value, Mapping):
@@ -177,11 +189,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return {"$tuple": [_encode(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
     if isinstance(value, list):
         return [_encode(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
-    if isinstance(value, np.ndarray):
-        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)).clone()
-        return {"$numpy": path}
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.isnative:
+        tensors[path] = torch.from_numpy(np.array(value, order="C"))
+        return {"$numpy" if isinstance(value, np.ndarray) else "$scalar": path}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(
@@ -202,6 +212,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_decode(v, tensors) for v in inside)
     # A fresh allocation: a view into the file may be unaligned, and then a batch-1 linear rounds differently.
     fresh = torch.empty_like(tensors[inside]).copy_(tensors[inside])
+    if kind == "$scalar":
+        return fresh.numpy()[()]
     return fresh.numpy() if kind == "$numpy" else fresh
 
 
@@ -223,10 +235,13 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
 
     Atomic: what follows the last complete checkpoint is all that a kill at any moment can lose.
     """
+    if keep < 1:
+        raise CheckpointError(f"keep={keep} would leave no checkpoint; it must be at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".writing-*"):
-        shutil.rmtree(leftover)
+        if leftover not in checkpoints(folder):
+            shutil.rmtree(leftover)
     final = folder / f"turn-{state.clock.turns:08d}"
     work = folder / f".writing-{final.name}"
     work.mkdir()
@@ -247,19 +262,25 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
     for file in work.iterdir():
         _sync(file)
     _sync(work)
-    if final.exists():  # the same turn saved twice: never a moment with neither
-        final.rename(folder / f".writing-old-{final.name}")
+    replaced = folder / f"{_REPLACED}{final.name}"
+    if final.exists():  # the same turn saved twice: `checkpoints` sees the old one until the new one is there
+        final.rename(replaced)
     work.rename(final)
-    shutil.rmtree(folder / f".writing-old-{final.name}", ignore_errors=True)
     _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in [c for c in checkpoints(folder) if c != final][: -keep + 1 or None]:
+        shutil.rmtree(old.rename(folder / f".writing-gone-{old.name}"))
     return final
 
 
+_REPLACED = ".writing-old-"
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints below a folder, oldest first."""
-    return sorted(p for p in Path(folder).glob("turn-*") if (p / "manifest.json").exists())
+    """Complete checkpoints below a folder, oldest first; also one whose replacement was killed half way."""
+    found = [p for pattern in (f"{_REPLACED}turn-*", "turn-*") for p in Path(folder).glob(pattern)]
+    complete = {p.name.removeprefix(_REPLACED): p for p in found if (p / "manifest.json").exists()}
+    return [complete[name] for name in sorted(complete)]
 
 
 def load(state: State, path: str | Path) -> list[str]:
@@ -274,7 +295,10 @@ def load(state: State, path: str | Path) -> list[str]:
         if not found:
             raise CheckpointError(f"there is no complete checkpoint in {path}")
         path = found[-1]
-    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except ValueError as e:
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on.") from e
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
     for name, digest in manifest["digests"].items():

@@ -100,10 +100,8 @@ class StreamPool:
     """Problems made on demand by index, 0, 1, 2, ... without end (the cursor counts indices from the seed's start).
 
     make(low, high) gives the problems of those indices, None for one that could not be made; `first` are those made
-    already,
-    from index 0 on. Held-out problems are met in the
-    order of the indices from 0 on, training problems from an index drawn from the seed; the hash of the question
-    keeps them apart.
+    already, from index 0 on. Held-out problems are met in the order of the indices from 0 on, training problems
+    from an index drawn from the seed; the hash of the question keeps them apart.
     """
 
     def __init__(
@@ -173,9 +171,10 @@ class StreamPool:
                 if problem is not None and is_held_out(problem.key, self._holdout):
                     self._held.setdefault(problem.key, (index, problem))
             self._scanned += step
-        if not self._held:
+        found = [problem for index, problem in self._held.values() if n is not None or index < limit]
+        if not found:
             raise EnvironmentFailure(_nothing_held(self._source, self._holdout, limit))
-        return [problem for index, problem in self._held.values() if n is not None or index < limit][:n]
+        return found[:n]
 
     def describe(self) -> dict[str, Any]:
         """A stream has no counts of train and held-out; both are null."""

@@ -112,10 +112,8 @@ class Procedure:
         """Make problems until no new one turns up (True), or until the data set looks too large to be listed (False).
 
         The share of problems met only once estimates the chance that the next one is new (Good and Turing). For a
-        pool of D
-        equally likely problems it falls like exp(-N/D): the bounds let pools up to about 400 pass, and cost a slow
-        endless
-        generator 64 problems, which the stream starts with.
+        pool of D equally likely problems it falls like exp(-N/D): the bounds let pools up to about 400 pass, and
+        cost a slow endless generator 64 problems, which the stream starts with.
         """
         found = self.make(0, 64)
         made = [p.key for p in found if p is not None]

@@ -26,8 +26,8 @@ class Asked:
     """A process that answers requests, one at a time, from any thread; restarted after a timeout or a crash.
 
     A thread cannot be stopped and a signal only reaches the main thread, so a scorer that may hang runs in a
-    process, which can
-    be killed even while its interpreter is stuck in C code. `opening` is a request repeated at every start.
+    process, which can be killed even while its interpreter is stuck in C code. `opening` is a request repeated at
+    every start.
     """
 
     def __init__(self, opening: list[Any] | None = None) -> None:

@@ -111,9 +111,8 @@ def as_latex(gold: str) -> str | None:
     """A reference answer as given to math_verify, which reads LaTeX only between delimiters; None if not mathematics.
 
     Delimited answers go as they are, numbers stay plain (1e3 is written out), the rest gets $...$. Without a
-    backslash it must
-    have a digit or an operator and no word: "x^2+1" is mathematics, "Paris" and "3 apples" are not (LaTeX would
-    multiply letters).
+    backslash it must have a digit or an operator and no word: "x^2+1" is mathematics, "Paris" and "3 apples" are
+    not (LaTeX would multiply letters).
     """
     text = gold.strip()
     if any(mark in text for mark in ("$", "\\boxed", "\\(", "\\[")):

@@ -157,8 +157,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise EnvironmentFailure(f"{place}: cannot be read ({error}).") from None
         if not isinstance(fields, dict):
             raise EnvironmentFailure(
-                f'{place}, column 1: a {type(fields).__name__}, not an object such as {{"question": ..., "answer": '
-                "...}}."
+                f"{place}, column 1: a {type(fields).__name__}, not an object. "
+                'Each line must look like {"question": ..., "answer": ...}.'
             )
         yield number, fields
 
@@ -167,8 +167,7 @@ def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_ans
     """`datasets:NAME(split=train, name=CONFIG, revision=..., question=..., answer=..., answer_after=...)`.
 
     NAME is a hub id, a folder written by save_to_disk, or a folder of parquet, JSON or CSV files. Rows stay where
-    the library
-    keeps them (mapped files); only the hashes of the questions are held in memory.
+    the library keeps them (mapped files); only the hashes of the questions are held in memory.
     """
     check_options(spec, COLUMNS | {"split": str, "name": str, "revision": str})
     data = _load(spec)

@@ -44,8 +44,7 @@ class TextEnvironment:
         """The first n evaluation problems, the same whatever the seed; never trained on.
 
         A listed pool gives them in the order of their keys, fewer than n if it has fewer; a stream in its own order
-        from index 0
-        (n=None: those among its first 256 problems). Raises EnvironmentFailure when there are none.
+        from index 0 (n=None: those among its first 256 problems). Raises EnvironmentFailure when there are none.
         """
         if n is not None and n < 1:
             raise EnvironmentFailure(f"held_out({n}): the number of problems must be at least 1.")
@@ -159,11 +158,10 @@ def load_environment(
 
     spec: 'reasoning-gym:NAME(key=value, ...)' | 'FILE.jsonl' | 'datasets:NAME(split=train, ...)' | 'toy:sum(limit=5)'.
     seed: order of training problems; the held-out set does not depend on it.
-    reward: 'exact' | 'math-verify' | 'module:function' with f(problem, text) -> float; None is the data set's own
-    scorer
-    (reasoning-gym) or 'exact'. prompt: template such as "{question}" (default). holdout: share kept for evaluation,
-    0 <= h < 1.
-    timeout: seconds a score may take, > 0. max_failure_rate: share of failed scores that stops the run, 0..1.
+    reward: 'exact' | 'math-verify' | 'module:function' with f(problem, text) -> float, in its own process; None is the
+    data set's own scorer (reasoning-gym) or 'exact'. prompt: template such as "{question}" (default).
+    holdout: share kept for evaluation, 0 <= h < 1. timeout: seconds a score may take, > 0 (trimtab's own scorers and
+    the start of a process are not timed). max_failure_rate: share of failed scores that stops the run, 0..1.
     Raises EnvironmentFailure, always a sentence: what was given, what is allowed, what to do.
     """
     if not 0.0 <= holdout < 1.0:

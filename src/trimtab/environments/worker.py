@@ -111,7 +111,8 @@ class Gym:
             seeded = {"seed": params.get("seed", 0) + start, "size": params.get("size", size)}
             try:
                 made = config(**(values | seeded))
-                made.validate()
+                if hasattr(made, "validate"):
+                    made.validate()
                 self._made[key] = make(config=made)
             except (Exception, SystemExit) as error:
                 reason = " ".join(str(error).split()) or describe_error(error)

@@ -29,7 +29,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from trimtab.core.errors import nearest
-from trimtab.policies.language import NOTES, LanguagePolicy, PolicyError
+from trimtab.policies.language import NOTES, LanguagePolicy
+from trimtab.policies.view import PolicyError
 
 BUILTIN = ("smollm2", "tiny", "nano")
 DTYPES = ("auto", "bfloat16", "float32", "float64")

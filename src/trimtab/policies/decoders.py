@@ -59,7 +59,7 @@ def _inside_adapter(name: str) -> bool:
 
 
 class ModuleDecoder:
-    """One prefill per prompt, its cache repeated for the copies, then one forward per step.
+    """A `Decoder` for every model: a prefill, then one forward per step.
 
     model: a transformers causal model. autocast: run its forward in bfloat16, on a `Twin` of it.
     """
@@ -76,16 +76,11 @@ class ModuleDecoder:
         if self.twin:
             self.twin.refresh()
 
-    def start(self, prompts: Tensor, mask: Tensor, copies: int, room: int) -> Tensor:
+    def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
         self.cache = DynamicCache(config=self.model.config)
         self.mask = mask.long()
         self.place = self.mask.sum(1, keepdim=True)  # where the next token goes
-        logits = self._forward(prompts, (self.mask.cumsum(1) - 1).clamp_min(0))
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-            self.mask = self.mask.repeat_interleave(copies, 0)
-            self.place = self.place.repeat_interleave(copies, 0)
-        return logits
+        return self._forward(prompts, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.batch import Batch
-from trimtab.core.errors import TrimtabError, nearest
+from trimtab.core.errors import nearest
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
 from trimtab.policies.sampler import LocalSampler
+from trimtab.policies.view import PolicyError, View
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -28,10 +28,6 @@ LOGITS_AT_ONCE = 2**25
 SCORES_AT_ONCE = 2**22
 # Beside a saved model: what its files do not say about how it was used.
 NOTES = "trimtab.json"
-
-
-class PolicyError(TrimtabError):
-    """A policy cannot be loaded, or is asked for what it cannot give."""
 
 
 class LanguagePolicy(nn.Module):
@@ -128,43 +124,17 @@ class LanguagePolicy(nn.Module):
         unknown = set(want) - self.provides
         if unknown:
             raise PolicyError(f"a language policy cannot give {sorted(unknown)[0]!r}. " + nearest("", self.provides))
-        mask = batch["mask"].to(self.device).bool()
-        rows = mask.any(1).nonzero().squeeze(1)
-        shape = {"hidden": (*mask.shape, self.causal.config.get_text_config().hidden_size)}
-        empty = {name: torch.zeros(shape.get(name, mask.shape), dtype=self.wide, device=self.device) for name in want}
-        if len(rows) == 0:
-            return empty
-        view = self._view(batch, mask, rows)
-        tokens = batch["action"].to(self.device)[mask]
-        inverse = self._inverse_temperature(batch, mask)
+        view = View.of(batch, batch["mask"].to(self.device).bool(), self.wide)
+        if view is None:
+            tail = {"hidden": (self.causal.config.get_text_config().hidden_size,)}
+            n, t = batch["mask"].shape
+            return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=self.wide, device=self.device) for name in want}
         with self._narrow(), self._attention(view):
-            values = self._values(view, tokens, inverse, set(want))
-        where = {"hidden": mask[..., None]}
-        return {name: empty[name].masked_scatter(where.get(name, mask), values[name]) for name in want}
+            values = self._values(view, set(want))
+        return {name: view.spread(values[name]) for name in want}
 
-    def _view(self, batch: Batch, mask: Tensor, rows: Tensor) -> _View:
-        """What the forward has to read: columns that are padding in every row and rows without a decision stay out."""
-        last = int(mask.any(0).nonzero().max()) + 1
-        attend = batch["prompt_mask"].to(self.device).bool()[rows]
-        if not attend.any(1).all():
-            raise PolicyError("a row has an empty prompt; the first decision needs at least one token before it")
-        first = int(attend.any(0).nonzero().min())
-        prompt = batch["prompt"].to(self.device)[rows, first:]
-        action = batch["action"].to(self.device)[rows, : last - 1]  # nothing follows the last token
-        return _View(prompt, attend[:, first:], action, mask[rows, :last])
-
-    def _inverse_temperature(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        """1 / temperature of every decision, `[M]`; None when all are 1."""
-        if "temperature" not in batch:
-            return None
-        temperature = batch["temperature"].to(self.device, self.wide)
-        if not (temperature > 0).all():
-            raise PolicyError("the temperature column has a value that is not positive; greedy rows are evaluated at 1")
-        if (temperature == 1).all():
-            return None
-        return (1 / temperature)[:, None].expand(mask.shape)[mask]
-
-    def _values(self, view: _View, tokens: Tensor, inverse: Tensor | None, want: set[str]) -> dict[str, Tensor]:
+    def _values(self, view: View, want: set[str]) -> dict[str, Tensor]:
+        """What is wanted of the view's `M` decisions."""
         head, out = self._head(view.prompt), {}
         if head is not None or want == {"hidden"}:
             states = self._states(view)[view.picked]
@@ -178,10 +148,10 @@ class LanguagePolicy(nn.Module):
             out["hidden"] = states.to(self.wide)
         if want & {"logp", "entropy"}:
             assert head is not None
-            out |= self._read(head, states, tokens, inverse, "entropy" in want)
+            out |= self._read(head, states, view.tokens, view.scale, "entropy" in want)
         return out
 
-    def _states(self, view: _View) -> Tensor:
+    def _states(self, view: View) -> Tensor:
         """The last hidden state before each decision, `[n, last, H]`. A prompt that rows share is read once."""
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
@@ -250,7 +220,7 @@ class LanguagePolicy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _attention(self, view: _View) -> Iterator[None]:
+    def _attention(self, view: View) -> Iterator[None]:
         """On a CPU, short rows that need a gradient are read with plain products.
 
         The fused kernel's bfloat16 backward takes seven times as long at 20 tokens; it pays when the scores grow big.
@@ -327,24 +297,6 @@ class LanguagePolicy(nn.Module):
             "lora": self.lora,
             "chat": self.chat,
         }
-
-
-@dataclass(frozen=True)
-class _View:
-    """What a forward reads of a batch: prompt and attend `[n, P]`, action `[n, last - 1]`, picked `[n, last]`."""
-
-    prompt: Tensor
-    attend: Tensor
-    action: Tensor
-    picked: Tensor
-
-    @property
-    def ids(self) -> Tensor:
-        return torch.cat([self.prompt, self.action], 1)
-
-    @property
-    def attend_all(self) -> Tensor:
-        return torch.cat([self.attend, torch.ones_like(self.action, dtype=torch.bool)], 1)
 
 
 class _Working:

@@ -84,15 +84,15 @@ class LlamaDecoder:
                 matrix[at : at + len(weight)].copy_(weight)
                 at += len(weight)
 
-    def start(self, prompts: Tensor, mask: Tensor, copies: int, room: int) -> Tensor:
+    def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
         n, p = prompts.shape
-        shape = (len(self.layers), 2, n * copies, self.heads, p + room, self.width)
+        shape = (len(self.layers), 2, n, self.heads, p + room, self.width)
         self.cache = torch.empty(shape, dtype=self.dtype, device=prompts.device)
         self.used = p
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
-        self.place = mask.sum(1).repeat_interleave(copies)
+        self.place = mask.sum(1)
         padded = not bool(mask.all())
-        self.hidden = ~mask.repeat_interleave(copies, 0) if padded else None  # prompt places that are padding
+        self.hidden = ~mask if padded else None  # prompt places that are padding
         see = None
         if padded:
             see = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None, :]
@@ -102,8 +102,8 @@ class LlamaDecoder:
         cos, sin = self._rotary(x, place)
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, cos, sin)
-            self.cache[i, 0, :, :, :p] = k.repeat_interleave(copies, 0)
-            self.cache[i, 1, :, :, :p] = v.repeat_interleave(copies, 0)
+            self.cache[i, 0, :, :, :p] = k
+            self.cache[i, 1, :, :, :p] = v
             out = F.scaled_dot_product_attention(q, k, v, see, is_causal=see is None, enable_gqa=self.groups > 1)
             x = self._rest(layer, x, out.transpose(1, 2).reshape(n, p, -1))
         return self._logits(x[:, -1])

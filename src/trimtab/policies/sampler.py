@@ -79,14 +79,14 @@ class Sampler(Protocol):
 class Decoder(Protocol):
     """A language model that reads prompts once and then one token per row and step."""
 
-    def start(self, prompts: Tensor, mask: Tensor, copies: int, room: int) -> Tensor:
-        """Read left-padded prompts `[B, P]`; the next-token logits `[B, V]`. Later steps have `B * copies` rows."""
+    def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
+        """Read left-padded prompts `[B, P]`, with room for so many tokens more; the next-token logits `[B, V]`."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token per row, `[n]`; the next-token logits `[n, V]`."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, a long index `[n]` into the present ones."""
+        """Go on with these rows, a long index `[n]` into the present ones; one may come several times, or never."""
 
 
 def pad_left(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
@@ -103,23 +103,31 @@ def uniforms(seeds: Tensor, steps: int) -> Tensor:
     return torch.from_numpy(np.stack([g.random(steps) for g in streams]))
 
 
-def draw(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability, `[n]` each, from logits `[n, V]` and uniforms `[n]`.
+def draw(logits: Tensor, slot: Tensor, noise: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, `[n]` each.
 
-    The token is the first whose cumulative probability exceeds the uniform (inverse CDF); greedy takes the largest
-    logit and needs no noise.
+    logits `[m, V]` of `m` distinct pasts, slot long `[n]` the past of each row, noise uniforms `[n]`. The token is the
+    first whose cumulative probability exceeds the uniform (inverse CDF); greedy takes the largest logit, without noise.
     """
     if sampling.greedy:
         token = logits.argmax(-1)
-        return token, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+        return token[slot], logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)[slot]
     assert noise is not None
     p = narrow(logits / sampling.temperature, sampling).softmax(-1)
     cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
+    total = cdf[:, -1][slot]
     # A target that rounds up to the total would land behind the last token of positive probability.
-    target = (noise[:, None].to(cdf) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, target, right=True)
-    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
+    target = (noise.to(cdf) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
+    # Rows of one past stand side by side in a table, so that no cumulative sum is copied per row.
+    order = slot.argsort(stable=True)
+    counts = slot.bincount(minlength=len(cdf))
+    line, place = slot[order], torch.arange(len(slot), device=slot.device)
+    place = place - (counts.cumsum(0) - counts)[line]
+    table = cdf.new_zeros(len(cdf), int(counts.max()))
+    table[line, place] = target[order]
+    token = torch.empty_like(slot)
+    token[order] = torch.searchsorted(cdf, table, right=True)[line, place]
+    return token, p[slot, token].log()
 
 
 def narrow(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -196,26 +204,27 @@ class LocalSampler:
     ) -> Rollout:
         n, steps = len(prompts) * copies, sampling.new_tokens
         ids, mask = pad_left(prompts, self.fill)
-        logits = decoder.start(ids.to(self.device), mask.to(self.device), copies, steps)
-        logits = logits.to(self.compute).repeat_interleave(copies, 0)
+        logits = decoder.start(ids.to(self.device), mask.to(self.device), steps).to(self.compute)
         tokens = torch.full((n, steps), self.fill, dtype=torch.long, device=self.device)
         logp = torch.zeros(n, steps, dtype=self.compute, device=self.device)
         taken = torch.zeros(n, steps, dtype=torch.bool, device=self.device)
         finished = torch.zeros(n, dtype=torch.bool, device=self.device)
-        alive = torch.arange(n, device=self.device)  # the rows the decoder still holds
+        alive = torch.arange(n, device=self.device)
+        # The decoder holds one row per distinct past: samples that said the same so far are one row of it.
+        slot = alive // copies
         for t in range(steps):
-            token, value = draw(logits, None if noise is None else noise[alive, t], sampling)
+            token, value = draw(logits, slot, None if noise is None else noise[alive, t], sampling)
             tokens[alive, t], logp[alive, t], taken[alive, t] = token, value, True
-            finished[alive] = torch.isin(token, self.ends)
-            if t + 1 == steps:
+            ended = torch.isin(token, self.ends)
+            finished[alive[ended]] = True
+            if t + 1 == steps or bool(ended.all()):
                 break
-            left = (~finished[alive]).nonzero().squeeze(1)
-            if len(left) == 0:
-                break
-            if len(left) < len(alive):
-                decoder.keep(left)
-                alive, token = alive[left], token[left]
-            logits = decoder.step(token).to(self.compute)
+            alive, held, vocabulary = alive[~ended], len(logits), logits.shape[1]
+            pasts, slot = (slot * vocabulary + token)[~ended].unique(return_inverse=True)
+            before, said = pasts // vocabulary, pasts % vocabulary
+            if not torch.equal(before, torch.arange(held, device=self.device)):
+                decoder.keep(before)
+            logits = decoder.step(said).to(self.compute)
         width = int(taken.any(0).sum())
         return Rollout(tokens[:, :width], taken[:, :width], logp[:, :width], finished)
 

