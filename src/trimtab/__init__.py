@@ -29,7 +29,7 @@ _HOMES = {
     "run": "trimtab.core.loop",
     "save": "trimtab.core.state",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

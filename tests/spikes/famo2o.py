@@ -7,7 +7,6 @@ The inverse temperature `beta` of advantage-weighted regression becomes an input
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -207,22 +206,6 @@ def act_by_balance(kit: Kit, policy: Any, *, lo: float, hi: float) -> ByBalance:
     return ByBalance(policy, kit.models["balance"], lo, hi)
 
 
-def each_phase(base: Method, edit: Callable[[str, Method], Method]) -> Method:
-    """The same edit in every phase of a phased base."""
-    return base.but(phases=tuple(replace(p, method=edit(p.name, p.method)) for p in base.phases))
-
-
-def placed(base: Method, *tracks: Track, before: str) -> Method:
-    """`base` with these tracks, the new ones just before the named one."""
-    made = base
-    for t in tracks:
-        made = made.but(track=t)
-    names = [t.name for t in base.tracks]
-    at = names.index(before)
-    order = [*names[:at], *(t.name for t in tracks), *names[at:]]
-    return replace(made, tracks=tuple(made.track(name) for name in order))
-
-
 @method(
     world="control",
     title="Train once, get a family (FamO2O)",
@@ -246,9 +229,9 @@ def famo2o(base: Method, *, lo: float = 8.0, hi: float = 14.0, target: float = -
             made = made.then(act_by_balance(lo=lo, hi=hi))
         balance = Track("balance", "balance", (improve(lo=lo, hi=hi),), adamw(lr=lr), every=every)
         temperature = Track("temperature", "temperature", (hold_entropy(target),), adamw(lr=lr), every=every)
-        return placed(made, balance, temperature, before="policy")
+        return made.but(track=balance, before="policy").but(track=temperature, before="policy")
 
-    return each_phase(base, edit)
+    return base.each(edit)
 
 
 CASES = {"iql": (iql, case), "famo2o": (famo2o, case)}

@@ -195,11 +195,11 @@ def transported(kit: Kit, closure: Closure, *, eta: float) -> Vector:
     return kit.state["estimate"]["d"]
 
 
-@piece("part", reads=("point",), state={"estimate": no_estimate}, uses=("midpoint", "before"))
+@piece("part", reads=("point",), state={"estimate": no_estimate}, uses=("midpoint", "previous"))
 def corrected(kit: Kit, closure: Closure, *, eta: float) -> Vector:
     """`d_t = (1 - eta) (d_{t-1} + B(tau^, theta^) (theta_t - theta_{t-1})) + eta g(tau, theta_t)` (HARPG, step 3)."""
     made = closure(where=rows_where(closure.batch, "point", CURRENT))
-    before = parameters_of(kit, "before", closure)
+    before = parameters_of(kit, "previous", closure)
     moved = {n: p.detach() - before[n] for n, p in closure.params.items()}
     at = parameters_of(kit, "midpoint", closure)
     change = hessian_vector(closure, at, rows_where(closure.batch, "point", MIDPOINT), moved)
@@ -306,7 +306,7 @@ def harpg(
     """Edits to gpomdp: more rows, from a random point between theta_{t-1} and theta_t; a Hessian-corrected average.
 
     preset "normalised" is N-HARPG. The released code has the outer product's sign wrong and multiplies batch means; we
-    follow the paper. "before" holds theta_{t-1} over the update, where "previous" is theta_t already.
+    follow the paper.
     """
     eta = power(eta0, eta_decay, ceiling=1.0)
     return (
@@ -315,7 +315,6 @@ def harpg(
         .but(
             copies={
                 "previous": previous("policy"),
-                "before": mix("policy", "previous", 0.0),
                 "midpoint": mix("policy", "previous", "uniform"),
             }
         )

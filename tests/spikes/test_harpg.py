@@ -228,7 +228,6 @@ def test_transport_is_exact_on_a_quadratic(direction: str, eta: float) -> None:
         tracks=(Track("policy", trains="policy", pieces=(energy(),), update=follow(direction=part, lr=0.3)),),
         copies={
             "previous": previous("policy"),
-            "before": mix("policy", "previous", 0.0),
             "midpoint": mix("policy", "previous", "uniform"),
             "lookahead": mix("policy", "previous", 1 / eta),
         },
@@ -351,7 +350,7 @@ def test_points_are_where_the_card_puts_them() -> None:
         q = kept.memory["q"]
         qs.append(q)
         assert torch.allclose(kept.module.logits, q * tables[1] + (1 - q) * tables[0], atol=1e-14)
-        assert torch.equal(step.state.copies["before"].module.logits, tables[0])
+        assert torch.equal(step.state.copies["previous"].module.logits, tables[1]), "after its turn, the point before it"
         tables = [tables[1], models["policy"].logits.detach().clone()]
     assert len(set(qs)) == 5
 

@@ -16,6 +16,7 @@ from trimtab.core.errors import MethodError
 from trimtab.core.loop import run
 from trimtab.core.method import Method, diff
 from trimtab.core.registry import find
+from trimtab.stages.surrogate import clip
 
 torch.set_num_threads(1)
 
@@ -77,18 +78,17 @@ def test_expert_rows_carry_no_credit_and_no_surrogate() -> None:
 
 def test_order_of_composition_does_not_matter_for_different_slots() -> None:
     one, other = bapo(d3s(toy_grpo())), d3s(bapo(toy_grpo()))
-    assert {p: v for p, v in one.flatten().items()} == {p: v for p, v in other.flatten().items()}
+    assert one.flatten() == other.flatten()
 
 
 def test_two_swaps_of_one_slot_refuse_naming_both() -> None:
-    with pytest.raises(MethodError, match=r"bapo and you both swap 'surrogate.bound'"):
-        from trimtab.stages.surrogate import clip
-
-        bapo(find("grpo")().swap("surrogate.bound", clip(0.2, 0.28)))
+    changed = find("grpo")().swap("surrogate.bound", clip(0.2, 0.28))
+    with pytest.raises(MethodError, match=r"bapo and you both swap 'surrogate\.bound'"):
+        bapo(changed)
 
 
 def test_an_option_that_a_swap_would_lose_is_refused() -> None:
-    with pytest.raises(MethodError, match="clip_high|surrogate.bound.high"):
+    with pytest.raises(MethodError, match=r"surrogate\.bound\.high"):
         bapo(find("grpo")(clip_high=0.28))
 
 

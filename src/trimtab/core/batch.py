@@ -157,7 +157,7 @@ def _join(name: str, batches: Sequence[Batch]) -> Column:
     if isinstance(example, list):
         return [x for b, c in zip(batches, held) for x in (c if c is not None else [None] * len(b))]
     length = max((c.shape[1] for c in held if isinstance(c, Tensor) and c.dim() > 1), default=0)
-    parts = []
+    parts: list[Tensor] = []
     for b, c in zip(batches, held):
         if c is None:
             shape = (len(b), length, *example.shape[2:]) if example.dim() > 1 else (len(b),)
@@ -166,6 +166,7 @@ def _join(name: str, batches: Sequence[Batch]) -> Column:
         elif isinstance(c, Tensor) and c.dim() > 1 and c.shape[1] < length:
             pad = c.new_zeros(c.shape[0], length - c.shape[1], *c.shape[2:])
             c = torch.cat([pad, c] if name.startswith("prompt") else [c, pad], 1)
+        assert isinstance(c, Tensor)
         parts.append(c)
     return torch.cat(parts)
 

@@ -86,7 +86,7 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
                 _reads(method, p, seen)
                 seen |= p.union("writes")
     for _, p in pieces_of(method):
-        for name in p.uses:
+        for name in p.uses(p.options) if callable(p.uses) else p.uses:
             if name not in known:
                 raise MethodError(f"{p.name} of {method.name} uses the model {name!r}. {nearest(name, known)}")
 

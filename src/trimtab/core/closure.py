@@ -16,7 +16,7 @@ from trimtab.core.errors import MethodError, NonFiniteError
 from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
-from trimtab.core.terms import Term, reduce, split, units, weights
+from trimtab.core.terms import Term, reduce, rows_of, split, units, weights
 
 Params = Mapping[str, Tensor]
 
@@ -75,41 +75,52 @@ class Closure:
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
     ) -> Gradient:
         """Loss and gradient, summed over micro-batches. Raises NonFiniteError, naming the term, if it is not finite."""
-        loss: Tensor | None = None
-        grads: list[Tensor] | None = None
         sums: dict[str, Tensor] = {}
+        weighed: dict[str, Tensor] = {}  # of metrics: the weight of the decisions that were looked at
         with self._at(params) as at:
-            for value, terms in self._micro(where):
+            mine = list(at.values())
+            loss = mine[0].new_zeros(())
+            grads = [torch.zeros_like(p) for p in mine] if create_graph else []
+            for terms in self._micro(where):
+                values = {name: t.sum() for name, t in terms.items()}
+                for name, v in values.items():
+                    sums[name] = sums[name] + v.detach() if name in sums else v.detach()
+                    if terms[name].metric:
+                        weight = terms[name].weight.sum()
+                        weighed[name] = weighed[name] + weight if name in weighed else weight
+                added = [v for name, v in values.items() if not terms[name].metric]
+                if not added:
+                    continue
+                value = torch.stack(added).sum() if len(added) > 1 else added[0]
+                loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
-                    new = [torch.zeros_like(p) for p in at.values()]
-                else:
-                    new = list(
-                        torch.autograd.grad(
-                            value, list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-                        )
-                    )
-                value = value if create_graph else value.detach()
-                if grads is None:
-                    loss, grads = value, new
-                elif create_graph:
-                    loss, grads = loss + value, [g + n for g, n in zip(grads, new)]
-                else:
-                    loss = loss + value
+                    continue
+                new = list(
+                    torch.autograd.grad(value, mine, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+                )
+                if create_graph:
+                    grads = [g + n for g, n in zip(grads, new)]
+                elif grads:
                     torch._foreach_add_(grads, new)
-                for name, v in terms.items():
-                    sums[name] = sums[name] + v if name in sums else v
-            if grads is None or loss is None:  # every row was skipped: exactly zero
-                grads = [torch.zeros_like(p) for p in at.values()]
-                loss = next(iter(at.values())).new_zeros(())
-            # [0] the weighted sum, [1] the weight it had: a metric is a mean over the decisions that were looked at
-            values = {name: v[0] / v[1] if v[1] > 0 else v[0] for name, v in sums.items()}
-            made = Gradient(loss, dict(zip(at, grads)), values)
+                else:
+                    grads = new
+            grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
+            reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
+            made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
-            self._finite(made, [name for name, v in sums.items() if not v[1] > 0])
+            self._finite(made, [name for name in sums if name not in weighed])
         return made
 
+    def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
+        """The un-reduced terms with graph, `memory` rows at a time; the weights are those of all chosen rows.
+
+        To differentiate twice, give `params` leaves of your own that require a gradient.
+        """
+        with self._at(params):
+            yield from self._micro(where)
+
     def terms(self, params: Params | None = None, where: Tensor | None = None) -> dict[str, Weighted]:
-        """The un-reduced terms on all chosen rows at once, with graph (for curvature and line searches)."""
+        """The un-reduced terms on all chosen rows at once, with graph, whatever `memory` is (see `micro`)."""
         rows = self._rows(where)
         with self._at(params):
             return self._terms(rows, self._weights(rows))
@@ -123,7 +134,7 @@ class Closure:
         double = next(self.model.parameters()).dtype == torch.float64
         return [weights(rows, p.core.options, torch.float64 if double else torch.float32) for p in self.losses]
 
-    def _micro(self, where: Tensor | None) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _micro(self, where: Tensor | None) -> Iterator[dict[str, Weighted]]:
         rows = self._rows(where)
         scale = self._weights(rows)
         live = self._live(rows)
@@ -131,17 +142,7 @@ class Closure:
         for part in parts:
             whole = len(parts) == 1 and len(part) == len(rows)
             micro = rows if whole else rows.take(part)
-            cut = scale if whole else [w.index_select(1, part) for w in scale]
-            made = self._terms(micro, cut)
-            sums = {name: w.sum() for name, w in made.items()}
-            losses = [v for name, v in sums.items() if not made[name].metric]
-            if not losses:
-                raise MethodError(f"track {self.track.name!r} has no loss term to take a gradient of")
-            total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-            yield total, {
-                name: torch.stack([v.detach(), made[name].weight.sum() if made[name].metric else v.new_zeros(())])
-                for name, v in sums.items()
-            }
+            yield self._terms(micro, scale if whole else [w.index_select(1, part) for w in scale])
 
     def _live(self, rows: Batch) -> Tensor | None:
         """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`)."""
@@ -164,11 +165,13 @@ class Closure:
         now = self._now(rows)
         made: dict[str, Weighted] = {}
         for p, weight in zip(self.losses, scale):
-            per = p.core.options["per"]
-            for term in self._run(p, plain, now):
+            per, chosen = p.core.options["per"], rows_of(plain, p.core.options["rows"])
+            whole = bool(chosen.all())
+            for term in self._run(p, plain, now, None if whole else chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
                 cut = weight[1 if term.metric else 0]
+                cut = cut if whole else cut[chosen]
                 if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
                     raise MethodError(
                         f"term {term.name!r} has shape {list(term.value.shape)}; a term is un-reduced, one value per "
@@ -191,7 +194,12 @@ class Closure:
         """Changes whenever a trained parameter is written or replaced."""
         return hash(tuple((id(p), p._version) for p in self.model.parameters()))
 
-    def _run(self, p: Piece, rows: Batch, now: Any) -> list[Term]:
+    def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
+        """The terms of one loss on the rows it concerns, and on no others: theirs may hold nan where they lack a column."""
+        if chosen is not None:
+            if not bool(chosen.any()):
+                return []
+            rows, now = rows.take(chosen), {k: v[chosen] for k, v in now.items()}
         if not self.kit.debug:
             return _listed(p(self.kit, rows, now))
         guard = Guard(p.name, p.union("reads") | {"mask", "keep", "source"}, p.union("writes"))
@@ -214,9 +222,11 @@ class Closure:
             now = self.kit.evaluate(self.track.trains, self.batch, self.wants, units(self.batch, self._unit))
         self.kit._once.clear()
         self.kit.preparing = True
+        rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                self._run(p, self.batch.guarded(None), now)
+                chosen = rows_of(rows, p.core.options["rows"])
+                self._run(p, rows, now, None if bool(chosen.all()) else chosen)
         self.kit.preparing = False
 
     @contextmanager

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from trimtab.core.errors import MethodError
 from trimtab.core.piece import Schedule
 
-MOMENTS = ("begin", "turn", "before", "after", "end", "phase")
-
 
 @dataclass(frozen=True)
 class Copy:
     """How a copy follows its source. Make one with the functions below.
 
-    kind: its rule. source: the model it follows. moment: when it is refreshed (begin of the run, start of a turn,
-    before or after an update of the source, end of a turn, entry of a phase).
+    kind: its rule. source: the model it follows. moment: when it is refreshed: "begin" of the run, start of a "turn",
+    "after" an update of the source, "end" of a turn, entry of a "phase".
     """
 
     kind: str
@@ -62,8 +60,8 @@ def every(source: str, n: int) -> Copy:
 
 
 def previous(source: str) -> Copy:
-    """The source just before its latest update (theta_{t-1})."""
-    return Copy("previous", source, "before")
+    """The source before its latest update: theta_{t-1} all through update t, theta_t after it."""
+    return Copy("previous", source, "after")
 
 
 def at_phase(source: str) -> Copy:
@@ -98,14 +96,15 @@ def mix(a: str, b: str, q: float | Schedule | str) -> Copy:
 class Kept:
     """A copy in a run: its frozen module, and what its rule must remember."""
 
+    name: str
     rule: Copy
     module: nn.Module
     memory: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rule: Copy, source: nn.Module) -> Kept:
+    def of(cls, name: str, rule: Copy, source: nn.Module) -> Kept:
         module = copying.deepcopy(source).requires_grad_(False)
-        return cls(rule, module, {"count": 0})
+        return cls(name, rule, module, {"count": 0})
 
     def restart(self, source: nn.Module) -> None:
         """Be the source as it is now, remembering nothing."""
@@ -132,7 +131,7 @@ class Kept:
         elif kind == "mix":
             q = o["q"]
             if q == "uniform":
-                q = float(torch.rand((), generator=kit.rng("mix"), dtype=torch.float64))
+                q = float(torch.rand((), generator=kit.rng(f"mix/{self.name}"), dtype=torch.float64))
             elif isinstance(q, Schedule):
                 q = q(kit.clock)
             memory["q"] = q
@@ -143,16 +142,20 @@ class Kept:
             if (memory["count"] - 1) % o["every"] == 0:
                 snapshots.append({k: v.detach().clone() for k, v in source.state_dict().items()})
                 del snapshots[: -o["k"]]
-            pick = int(torch.randint(len(snapshots), (), generator=kit.rng("pool")))
+            pick = int(torch.randint(len(snapshots), (), generator=kit.rng(f"pool/{self.name}")))
             self.module.load_state_dict(snapshots[pick])
         elif kind == "best":
             value = (logs or {}).get(o["metric"])
             if value is None:
-                raise MethodError(f"best({o['metric']!r}): this run logs no {o['metric']!r}; it logs {sorted(logs or {})}")
+                raise MethodError(f"best({o['metric']!r}): this run logs no such number; it logs {sorted(logs or {})}")
             if value > memory.get("best", float("-inf")):
                 memory["best"] = value
                 self._blend(source, 1.0)
-        else:  # frozen, previous, at_phase: a plain copy at their moment
+        elif kind == "previous":
+            if "pending" in memory:
+                self.module.load_state_dict(memory["pending"])
+            memory["pending"] = {k: v.detach().clone() for k, v in source.state_dict().items()}
+        else:  # frozen, at_phase: a plain copy at their moment
             self._blend(source, 1.0)
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def begin(method: Method, environment: Any, models: Mapping[str, nn.Module], *, 
         source = rule.source
         while source not in named:  # a copy of a copy: at the start they are all the model
             source = rules[source].source
-        copies[name] = Kept.of(rule, named[source])
+        copies[name] = Kept.of(name, rule, named[source])
     state = State(seed, method.fingerprint(), method.name, named, copies, environment)
     for m in (method, *(p.method for p in method.phases)):
         make_state(state, m)
@@ -148,7 +148,6 @@ def step(state: State, kit: Kit, track: Track, rows: Batch, stopped: set[str]) -
     """One optimiser step of one track."""
     kit.scope, kit.model = track.name, track.trains
     rows = scoped(kit, rows, track.pieces, track.trains)
-    refresh(state, kit, "before", source=track.trains)
     closure = Closure(kit, track, rows)
     logs, stop = track.update(kit, closure)
     prefix = "" if len(kit.method.tracks) == 1 and state.phases.index < 0 else f"{track.name}/"

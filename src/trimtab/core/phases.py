@@ -12,7 +12,6 @@ from trimtab.core.loop import make_state
 from trimtab.core.method import Method, Phase
 from trimtab.core.state import State
 
-
 # Copies that follow their source all the time: they start anew with it. Others keep what they were taken for.
 FOLLOWERS = ("polyak", "every", "previous", "pool", "best")
 

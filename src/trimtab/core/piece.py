@@ -48,7 +48,7 @@ class Piece:
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset()
-    uses: frozenset[str] = frozenset()
+    uses: Callable[[Mapping[str, Any]], tuple[str, ...]] | tuple[str, ...] = ()
     at: str = "batch"
     state: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     validate: Callable[[Mapping[str, Any]], str | None] | None = None
@@ -79,7 +79,7 @@ class Piece:
             yield from part.walk()
 
     def union(self, what: str) -> frozenset[str]:
-        """`reads`, `writes`, `wants` or `uses` of this piece and all its parts."""
+        """`reads`, `writes` or `wants` of this piece and all its parts."""
         return frozenset().union(*(getattr(p, what) for p in self.walk()))
 
     def flatten(self, prefix: str) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def piece(
     reads: tuple[str, ...] = (),
     writes: tuple[str, ...] = (),
     wants: tuple[str, ...] = (),
-    uses: tuple[str, ...] = (),
+    uses: Callable[[Mapping[str, Any]], tuple[str, ...]] | tuple[str, ...] = (),
     at: str = "batch",
     state: Mapping[str, Callable[..., Any]] | None = None,
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
@@ -180,7 +180,8 @@ def piece(
 
     stage: one of `STAGES`, or "part" for what lives inside another piece.
     slot: its address in a method; the stage itself for collect, credit and update, else the function's name.
-    reads, writes: columns. wants: what `evaluate` of the track's model must return. uses: other models, by name.
+    reads, writes: columns. wants: what `evaluate` of the track's model must return. uses: other models, by name,
+    or `options -> names`.
     state: `{key: make(kit, options)}`, built when a run begins; pieces of one track that declare one key share it.
     validate: `options -> sentence` when they contradict each other. idle: `batch -> bool [N]`, rows for which a loss and
     its gradient are exactly zero, so that the forward pass may skip them. one_gradient: an update that asks for one
@@ -202,7 +203,7 @@ def piece(
             reads=frozenset(reads),
             writes=frozenset(writes),
             wants=frozenset(wants),
-            uses=frozenset(uses),
+            uses=uses,
             at=at,
             state=dict(state or {}),
             validate=validate,

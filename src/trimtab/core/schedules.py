@@ -10,7 +10,7 @@ from trimtab.core.state import Clock
 
 
 @dataclass(frozen=True)
-class linear(Schedule):  # noqa: N801  reads as an option value
+class linear(Schedule):
     """From `start` to `end` in proportion to the run's progress: `start + (end - start) progress`."""
 
     start: float
@@ -21,7 +21,7 @@ class linear(Schedule):  # noqa: N801  reads as an option value
 
 
 @dataclass(frozen=True)
-class cosine(Schedule):  # noqa: N801
+class cosine(Schedule):
     """From `start` to `end` along half a cosine over the run's progress."""
 
     start: float
@@ -32,7 +32,7 @@ class cosine(Schedule):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class warmup_cosine(Schedule):  # noqa: N801
+class warmup_cosine(Schedule):
     """`peak step / warmup` for `step < warmup`, then half a cosine to `valley` over `decay` updates, then `valley`.
 
     Steps are updates (CHORD eq. for mu(t); warmup 0 and decay 0 are allowed).
@@ -54,7 +54,7 @@ class warmup_cosine(Schedule):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class power(Schedule):  # noqa: N801
+class power(Schedule):
     """`start (2 / (turn + 2)) ** exponent`, never above `ceiling` (the step rules of stochastic approximation)."""
 
     start: float
@@ -66,7 +66,7 @@ class power(Schedule):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class complement(Schedule):  # noqa: N801
+class complement(Schedule):
     """`1 - other`, for the two sides of a convex combination."""
 
     other: Schedule | float
@@ -76,7 +76,7 @@ class complement(Schedule):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class inverse(Schedule):  # noqa: N801
+class inverse(Schedule):
     """`1 / other`."""
 
     other: Schedule

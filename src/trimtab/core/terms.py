@@ -34,7 +34,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class fixed:  # noqa: N801  reads as the reduction it is: per=fixed(256)
+class fixed:
     """`sum(l m) / (rows L)`: a constant number of decisions per row (Dr. GRPO)."""
 
     length: float

@@ -36,7 +36,33 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Te
     return ids, mask
 
 
-@piece("collect", writes=TEXT_COLUMNS, state={"ids": first_id})
+def nothing_solved(kit: Any, options: Mapping[str, Any]) -> dict[str, bool]:
+    """Which problems' latest groups were all right: none yet."""
+    return {}
+
+
+def chosen(kit: Kit, n: int, revisit: float) -> list[Any]:
+    """The next `n` problems of the environment; one whose latest group was all right is taken with chance `revisit`."""
+    if revisit >= 1:
+        return list(kit.environment.draw(n))
+    solved: dict[str, bool] = kit.state["solved"]
+    taken: list[Any] = []
+    for _ in range(20):  # an environment that is solved altogether must still be played
+        for problem in kit.environment.draw(n - len(taken)):
+            if not solved.get(problem.key) or float(torch.rand((), generator=kit.rng("revisit"))) < revisit:
+                taken.append(problem)
+        if len(taken) == n:
+            return taken
+    return taken + list(kit.environment.draw(n - len(taken)))
+
+
+def _sane(options: Mapping[str, Any]) -> str | None:
+    if options["prompts"] < 1 or options["group"] < 1:
+        return f"prompts={options['prompts']} and group={options['group']} must both be at least 1"
+    return None if 0 < options["revisit"] <= 1 else f"revisit={options['revisit']} must be in (0, 1]"
+
+
+@piece("collect", writes=TEXT_COLUMNS, state={"ids": first_id, "solved": nothing_solved}, validate=_sane)
 def rollouts(
     kit: Kit,
     *,
@@ -46,17 +72,19 @@ def rollouts(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    revisit: float = 1.0,
 ) -> Batch:
     """`prompts x group` responses of the policy, scored by the environment; N rows, T = the longest response.
 
     prompts: problems per batch. group: responses per problem. new_tokens: longest response. temperature, top_k, top_p:
-    how tokens are drawn; 0 and 1.0 switch the last two off. A response whose reward failed leaves the batch, counted in
+    how tokens are drawn; 0 and 1.0 switch the last two off. revisit: chance, in (0, 1], of drawing a problem again while
+    its latest group was all right; such a group is mostly all right again, and teaches nothing. A response whose reward failed leaves the batch, counted in
     the log as `failures`: a failure is not a reward of 0. Raises EnvironmentFailure when none is left.
     """
     from trimtab.policies.sampler import Sampling
 
     policy = kit.actor("policy")
-    problems = kit.environment.draw(prompts)
+    problems = chosen(kit, prompts, revisit)
     encoded = [policy.encode(p.prompt) for p in problems]
     seeds = torch.randint(2**62, (prompts * group,), generator=kit.rng("rollout"))
     sampling = Sampling(new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -94,6 +122,8 @@ def rollouts(
         }
     )
     kit.state["ids"] = {"group": ids["group"] + prompts, "episode": ids["episode"] + n}
+    best = score.view(prompts, group).amin(1) >= 1  # nan, a failed reward, is not right
+    kit.state["solved"] = kit.state["solved"] | {p.key: right for p, right in zip(problems, best.tolist())}
     batch = batch if bool(good.all()) else batch.take(good)
     _log(kit, batch)
     return batch

@@ -72,7 +72,7 @@ def pessimistic(batch: Batch, now: Now, advantage: Tensor, ratio: Tensor, bound:
     """`-min(r A, clip(r, low, high) A)` (PPO, eq. 7); without a bound, `-r A`."""
     if bound is None:
         return -ratio * advantage
-    return -torch.minimum(ratio * advantage, ratio.clamp(bound.low, bound.high) * advantage)
+    return -torch.minimum(ratio * advantage, torch.clamp(ratio, bound.low, bound.high) * advantage)  # type: ignore[call-overload]
 
 
 # -- the surrogate -----------------------------------------------------------------------------------------------
