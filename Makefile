@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 run: setup
-	@if [ -d $(OUT)/checkpoints ] && [ -n "$$(ls $(OUT)/checkpoints 2>/dev/null)" ]; then \
+	@if [ -f $(OUT)/config.json ]; then \
 	  $(VENV)/bin/trimtab resume $(OUT); \
 	else \
 	  $(VENV)/bin/trimtab train grpo --policy smollm2 --env $(ENV) --seed $(SEED) --out $(OUT); \

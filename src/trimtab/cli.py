@@ -125,9 +125,9 @@ class Methods:
         if self.json:
             print(json.dumps(rows, indent=1))
             return 0
-        _table("methods", ["name", "base", "world", "what it is", "paper", "stages it sets"], [
-            [r["name"], r["base"] or "-", r["world"], r["title"], r["arxiv"] or "-", ", ".join(r["stages"])] for r in rows
-        ])  # fmt: skip
+        heads = ["name", "base", "world", "what it is", "paper", "stages it sets"]
+        keys = ("name", "base", "world", "title", "arxiv")
+        _table("methods", heads, [[*(r[k] or "-" for k in keys), ", ".join(r["stages"])] for r in rows])
         return 0
 
 

@@ -12,7 +12,19 @@ from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
 
-PACKAGES = ("torch", "numpy", "safetensors", "transformers", "peft", "datasets", "reasoning-gym", "math-verify", "rich", "tyro")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "rich",
+    "tyro",
+    "matplotlib",
+    "transformers",
+    "peft",
+    "datasets",
+    "reasoning-gym",
+    "math-verify",
+)
 
 
 def method_rows() -> list[dict[str, Any]]:

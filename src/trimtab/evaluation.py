@@ -50,9 +50,9 @@ def evaluate(policy: Any, environment: Any, *, problems: int | None = 50, new_to
     shares = all(0 <= s <= 1 for s in good)
     values = [float(s >= 1) for s in good] if shares else good
     mean, low, high = mean_interval(values)
+    rewards = [None if isinstance(s, Failure) else float(s) for s in scores]
     transcripts = [
-        {"prompt": p.question, "response": t, "answer": p.answer, "reward": None if isinstance(s, Failure) else float(s)}
-        for p, t, s in zip(asked, texts, scores)
+        {"prompt": p.question, "response": t, "answer": p.answer, "reward": r} for p, t, r in zip(asked, texts, rewards)
     ]
     measure = "greedy accuracy" if shares else "greedy mean reward"
     return Evaluation(mean, low, high, len(good), measure, len(scores) - len(good), transcripts)

@@ -132,9 +132,12 @@ def literal(text: str) -> Any:
 
 def build(request: Request) -> Experiment:
     """Everything a run needs, fresh. Raises a TrimtabError that says what cannot be had and what can."""
+    from transformers.utils import logging as quiet
+
     from trimtab.environments.text import load_environment
     from trimtab.policies.builtin import load_policy
 
+    quiet.disable_progress_bar()
     torch.set_num_threads(max(1, request.threads))
     method = configured(request)
     environment = load_environment(request.env, seed=request.seed, reward=request.reward, prompt=request.prompt)
@@ -217,7 +220,8 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     request = request_of(folder)
     made = build(replace(request, steps=steps or request.steps))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
-    differences = load(state, folder.checkpoints)
+    # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
+    differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
     folder.resume(state.clock.turns)
     seen, past = folder.evaluations(), folder.metrics()
     tally = Tally(seconds=past[-1]["seconds"] if past else 0.0)
@@ -246,9 +250,8 @@ def _go(
             view.note(text)
         if not tally.before:
             _record_evaluation(made, folder, view, tally, turn=0, stage="before")
-        loop = run(
-            made.method, made.environment, {"policy": made.policy}, until=request.steps, state=state, memory=request.memory
-        )
+        models = {"policy": made.policy}
+        loop = run(made.method, made.environment, models, until=request.steps, state=state, memory=request.memory)
         started = time.perf_counter()
         for step in loop:
             tally.seconds += time.perf_counter() - started

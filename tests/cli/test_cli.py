@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimtab.cli import main
 from trimtab.core.errors import MethodError
 from trimtab.core.schedules import linear
-from trimtab.experiment import Request, command, configured, literal, resume, train
+from trimtab.experiment import Request, build, command, config, configured, literal, resume, train
 from trimtab.report.folder import RunFolder
 
 ENV = "toy:sum(limit=5)"
@@ -107,6 +107,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     made = resume(out, mode="silent", steps=turns + 2)
     assert made["turns"] == turns + 2
     assert made["finished"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    train(ask(tmp_path / "whole", steps=2), mode="silent")
+    folder = RunFolder(tmp_path / "half")
+    made = build(ask(tmp_path / "half", steps=2, threads=1))
+    folder.create(config(made)).write_metrics({"turn": 1, "reward": 0.0, "seconds": 1.0})
+    folder.close()
+    resume(tmp_path / "half", mode="silent")
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in RunFolder(tmp_path / n).metrics()]
+            for n in ("whole", "half")]  # fmt: skip
+    assert rows[0] == rows[1]
 
 
 def test_eval_reads_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

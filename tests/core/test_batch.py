@@ -68,6 +68,13 @@ def test_cat_is_associative_and_ignores_empty_batches() -> None:
     assert len(Batch.cat([])) == 0
 
 
+def test_rows_that_nothing_was_selected_from_keep_all_their_decisions() -> None:
+    """Fresh rows have no `keep` yet; beside replayed ones that have it they must not silently stop learning."""
+    a, b = ragged()
+    both = Batch.cat([a.put(keep=a.mask & False), b])
+    assert both.keep.tolist() == [[False] * 3, [False] * 3, [True, False, False]]
+
+
 def test_take_by_index_and_by_mask_keeps_order_and_lists() -> None:
     both = Batch.cat(list(ragged()))
     picked = both.take(torch.tensor([2, 0, 0]))
@@ -100,7 +107,9 @@ def test_a_column_needs_one_entry_per_row(wrong: object) -> None:
 def test_missing_columns_say_what_there_is() -> None:
     a, _ = ragged()
     for read in (lambda: a["advantage"], lambda: a.advantage, lambda: a.by("episode")):
-        with pytest.raises(ColumnError, match=r"no column '(advantage|episode)' in this batch; it has \['group', 'mask'"):
+        with pytest.raises(
+            ColumnError, match=r"no column '(advantage|episode)' in this batch; it has \['group', 'mask'"
+        ):
             read()
     assert a.get("advantage") is None, "a mapping's get() asks, it does not demand"
     assert a.get("group") is a.group
@@ -111,7 +120,9 @@ def test_guard_says_who_touched_what_and_what_to_do() -> None:
     assert a.mask.any()
     assert a.put(advantage=torch.ones(2)).advantage.sum() == 2, "what a piece writes it may read"
     for read in (lambda: a.reward, lambda: a.get("reward"), lambda: a.by("group"), lambda: a.score()):
-        with pytest.raises(ColumnError, match=r"clever reads column '(reward|group)' without declaring it; it declared"):
+        with pytest.raises(
+            ColumnError, match=r"clever reads column '(reward|group)' without declaring it; it declared"
+        ):
             read()
     with pytest.raises(ColumnError, match=r"clever writes column 'keep'.*Add 'keep' to its declaration\."):
         a.put(keep=torch.ones(2))

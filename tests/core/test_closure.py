@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from trimtab.core.loop import begin, collected, run, updates
 from trimtab.core.method import Method, Track
 from trimtab.core.piece import piece
 from trimtab.core.terms import Term
+from trimtab.stages.surrogate import scaled
 from trimtab.stages.update import adamw, sgd
 
 torch.set_num_threads(1)
@@ -44,7 +45,9 @@ class Quadratic(nn.Module):
 
 @piece("collect", writes=("a", "b", "mask", "source"))
 def rows(kit: Kit) -> Batch:
-    return Batch({"a": A, "b": B, "mask": torch.ones(N, 1, dtype=torch.bool), "source": torch.zeros(N, dtype=torch.long)})
+    return Batch(
+        {"a": A, "b": B, "mask": torch.ones(N, 1, dtype=torch.bool), "source": torch.zeros(N, dtype=torch.long)}
+    )
 
 
 @piece("loss", wants=("value",), reads=("a", "b"), per="row")
@@ -234,10 +237,21 @@ def test_two_terms_of_one_name_are_refused() -> None:
 # -- rows that cannot learn --------------------------------------------------------------------------------------
 
 
-def surrogate_closures(memory: int | None) -> Iterator[tuple[Closure, Closure]]:
+def rows_evaluated(c: Closure, call: bool = False) -> list[int]:
+    """Collects how many rows go through the closure's model."""
+    seen: list[int] = []
+    model: Any = c.model
+    evaluate = model.evaluate
+    model.evaluate = lambda batch, want: seen.append(len(batch)) or evaluate(batch, want)
+    if call:
+        c()
+    return seen
+
+
+def surrogate_closures(memory: int | None, m: Method | None = None) -> tuple[Closure, Closure]:
     """The same update with and without skipping idle rows."""
     environment, models = case(0)
-    m = toy_grpo().but(rows=None)
+    m = (m or toy_grpo()).but(rows=None)
     kit = Kit(begin(m, environment, models), m, memory, False)
     batch = collected(kit)
     dead = torch.arange(len(batch)) % 3 != 0
@@ -245,30 +259,41 @@ def surrogate_closures(memory: int | None) -> Iterator[tuple[Closure, Closure]]:
     kit.scope = "policy"
     one, other = Closure(kit, m.tracks[0], batch), Closure(kit, m.tracks[0], batch)
     other._live = lambda rows: None  # type: ignore[method-assign]
-    yield one, other
+    return one, other
 
 
 @pytest.mark.parametrize("memory", [None, 1, 5])
 def test_skipping_idle_rows_changes_no_gradient(memory: int | None) -> None:
-    for skipping, whole in surrogate_closures(memory):
-        seen: list[int] = []
-        model: Any = skipping.model
-        evaluate = model.evaluate
-        model.evaluate = lambda batch, want: seen.append(len(batch)) or evaluate(batch, want)
-        fast = skipping()
-        assert sum(seen) <= len(skipping.batch) / 3, "idle rows went through the model"
-        slow = whole()
-        torch.testing.assert_close(fast.grads["logits"], slow.grads["logits"], rtol=0, atol=1e-15)
-        torch.testing.assert_close(fast.loss, slow.loss, rtol=0, atol=1e-15)
+    skipping, whole = surrogate_closures(memory)
+    seen = rows_evaluated(skipping)
+    fast = skipping()
+    assert 0 < sum(seen) <= len(skipping.batch) / 3, "idle rows went through the model"
+    slow = whole()
+    torch.testing.assert_close(fast.grads["logits"], slow.grads["logits"], rtol=0, atol=1e-15)
+    torch.testing.assert_close(fast.loss, slow.loss, rtol=0, atol=1e-15)
 
 
 def test_with_every_row_idle_the_gradient_is_exactly_zero() -> None:
-    for skipping, _ in surrogate_closures(None):
-        skipping.batch = skipping.batch.put(advantage=torch.zeros_like(skipping.batch.advantage))
-        made = skipping()
-        assert made.loss == 0
-        assert made.grads["logits"].abs().max() == 0
-        assert made.norm == 0
+    skipping, _ = surrogate_closures(None)
+    skipping.batch = skipping.batch.put(advantage=torch.zeros_like(skipping.batch.advantage))
+    made = skipping()
+    assert made.loss == 0
+    assert made.grads["logits"].abs().max() == 0
+    assert made.norm == 0
+
+
+def test_rows_are_idle_only_where_the_wraps_are_too() -> None:
+    """A wrap that adds a term has a gradient where the surrogate inside has none."""
+
+    @piece("loss")
+    def bonus(batch: Batch, now: Mapping[str, Tensor], *, inner: Any) -> list[Term]:
+        return [*inner(batch, now), Term(now["logp"], "bonus")]
+
+    skipping, whole = surrogate_closures(None, toy_grpo().wrap("surrogate", bonus()))
+    torch.testing.assert_close(skipping().grads["logits"], whole().grads["logits"], rtol=0, atol=1e-15)
+    assert len(skipping.batch) == sum(rows_evaluated(skipping, call=True))
+    halved, _ = surrogate_closures(None, toy_grpo().wrap("surrogate", scaled(by=0.5)))
+    assert sum(rows_evaluated(halved, call=True)) <= len(halved.batch) / 3, "a factor adds nothing"
 
 
 # -- numbers that are not finite ---------------------------------------------------------------------------------

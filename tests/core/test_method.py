@@ -193,7 +193,7 @@ def test_but_changes_fields_and_refuses_unknown_ones() -> None:
         m.but(row=3)
     with pytest.raises(MethodError, match="already has a track 'policy'"):
         m.but(track=m.tracks[0])
-    with pytest.raises(MethodError, match="copy 'slow' is polyak.* already"):
+    with pytest.raises(MethodError, match=r"copy 'slow' is polyak.* already"):
         m.but(copies={"slow": polyak("policy", 0.1)}).but(copies={"slow": polyak("policy", 0.2)})
     same = m.but(copies={"slow": polyak("policy", 0.1)}).but(copies={"slow": polyak("policy", 0.1)})
     assert list(same.copies) == ["slow"]
@@ -306,6 +306,11 @@ def whole(base: Method) -> Method:
     return base.swap("surrogate", surrogate(ratio=token_ratio(), shape=pessimistic()))
 
 
+@made("other_credit", base=rloo)
+def other_credit(base: Method) -> Method:
+    return base.swap("credit", group_mean())
+
+
 @pytest.mark.parametrize(("a", "b"), [(rival, bapo), (bapo, rival), (deeper, rival), (whole, deeper), (whole, bapo)])
 def test_two_methods_that_swap_one_place_refuse_naming_both(a: Definition, b: Definition) -> None:
     with pytest.raises(MethodError, match=rf"{a.name} and {b.name} both swap 'surrogate"):
@@ -341,12 +346,18 @@ def test_a_method_does_not_overwrite_an_option_that_was_asked_for() -> None:
     with pytest.raises(MethodError, match=r"deeper replaces 'surrogate.bound.high'.*was set; it would be ignored"):
         deeper(toy_grpo().set("surrogate.bound.high", 0.28))
     with pytest.raises(MethodError, match=r"'credit' was set; it would be ignored"):
+        other_credit(rloo(leave_out=False))
 
-        @made("child", base=rloo)
-        def child(base: Method) -> Method:
-            return base.swap("credit", group_mean())
 
-        child(rloo(leave_out=False))
+def test_a_method_does_not_set_again_what_you_have_set() -> None:
+    @made("setter")
+    def setter(base: Method) -> Method:
+        return base.set("update.lr", 1e-6)
+
+    assert setter(grpo()).get("update.lr") == 1e-6
+    with pytest.raises(MethodError, match=r"setter sets 'update\.lr' to 1e-06, but 'update\.lr' was set"):
+        setter(toy_grpo().set("update.lr", 0.7))
+    assert setter(grpo()).set("update.lr", 0.7).get("update.lr") == 0.7
 
 
 def test_an_option_whose_piece_is_swapped_out_is_an_error() -> None:
@@ -416,7 +427,7 @@ def test_registering_refuses_a_second_name_and_leaves_no_half() -> None:
         @method(world="language", title="another", case="text", aliases=("grpo",))
         def brand_new() -> Method: ...
 
-    with pytest.raises(MethodError, match="two methods answer to '2402.03300'"):
+    with pytest.raises(MethodError, match=r"two methods answer to '2402\.03300'"):
 
         @method(world="language", title="another", case="text", arxiv="2402.03300")
         def brand_newer() -> Method: ...
@@ -435,9 +446,10 @@ def test_registering_refuses_a_second_name_and_leaves_no_half() -> None:
 
 def test_expressions_name_methods_options_aliases_and_papers() -> None:
     assert parse("grpo").fingerprint() == grpo().fingerprint()
-    assert parse(" grpo( clip_high=0.28, per='row', rows=None ) ").fingerprint() == grpo(
-        clip_high=0.28, per="row"
-    ).fingerprint()
+    assert (
+        parse(" grpo( clip_high=0.28, per='row', rows=None ) ").fingerprint()
+        == grpo(clip_high=0.28, per="row").fingerprint()
+    )
     assert parse("2402.03300").fingerprint() == grpo().fingerprint()
     assert parse("2402.03300(kl=0.1)").fingerprint() == grpo(kl=0.1).fingerprint()
     assert parse("reinforce_baseline").name == "reinforce"
@@ -542,6 +554,7 @@ def models(**more: Any) -> dict[str, Any]:
         (toy_grpo().but(copies={"old": frozen("polcy")}), {}, r"follows 'polcy'.*Did you mean 'policy'"),
         (toy_grpo().but(copies={"policy": frozen("policy")}), {}, "both a model and a copy"),
         (toy_grpo().but(copies={"a": frozen("b"), "b": frozen("a")}), {}, "follows itself"),
+        (toy_grpo().but(copies={"a": frozen("policy"), "b": polyak("a", 0.1)}), {}, "follows updates of 'a', a copy"),
         (toy_grpo().drop("surrogate"), {}, "takes a gradient, and track 'policy' has no loss"),
         (Method("none"), {}, "has 0 collect pieces"),
     ],

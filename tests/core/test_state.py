@@ -6,9 +6,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from tests.laws.checks import digest
 from tests.spikes.bapo import toy_grpo
 from tests.spikes.tokens import case
 from trimtab.core import state as module
+from trimtab.core.batch import Batch
 from trimtab.core.errors import CheckpointError
 from trimtab.core.loop import begin, run
 from trimtab.core.method import Method
@@ -56,7 +54,8 @@ def through(value: Any, folder: Path) -> Any:
 # -- leaves ------------------------------------------------------------------------------------------------------
 
 TENSORS = [
-    torch.tensor([True, False]), torch.tensor([1.5, -2.0], dtype=torch.bfloat16), torch.tensor(2.0, dtype=torch.float16),
+    torch.tensor([True, False]), torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    torch.tensor(2.0, dtype=torch.float16),
     torch.arange(6).reshape(2, 3).T, torch.zeros(0, 3), torch.zeros(()), torch.tensor([255], dtype=torch.uint8),
     torch.tensor([float("nan"), float("inf"), -0.0], dtype=torch.float64), torch.tensor([-(2**62)]),
     torch.tensor([1 + 2j], dtype=torch.complex64), torch.randn(3, 4)[:, 1],
@@ -74,8 +73,10 @@ def test_tensors_come_back_bit_for_bit(value: torch.Tensor, tmp_path: Path) -> N
 
 
 LEAVES: list[Any] = [
-    None, True, 0, -1, 2**70, 0.1, -0.0, 1e-320, math.inf, "", "text \u00fc \ud83d\ude00 \"'\\\n", [], {}, (), (1,), [(), [{}]],
-    {1: "int", "1": "text", None: 0, True: 1, 2.5: 3, (1, "a"): 4}, {"$tensor": "no", "$dict": [1]}, {"a": (1, [2, (3.0,)])},
+    None, True, 0, -1, 2**70, 0.1, -0.0, 1e-320, math.inf, "", "text \u00fc \U0001f600 \"'\\\n", [], {}, (),
+    (1,), [(), [{}]],
+    {1: "int", "1": "text", None: 0, False: 1, 2.5: 3, (1, "a"): 4}, {"$tensor": "no", "$dict": [1]},
+    {"a": (1, [2, (3.0,)])},
 ]  # fmt: skip
 
 
@@ -93,7 +94,8 @@ def test_nan_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value",
     [np.arange(6, dtype=np.int32).reshape(2, 3), np.array(3.5), np.zeros((0, 2)), np.array([True]), np.ones(5)[::-2],
-     np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 2], dtype=np.uint16), np.array([0.5], dtype=np.float16)],
+     np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 2], dtype=np.uint16),
+     np.array([0.5], dtype=np.float16)],
     ids=lambda a: f"{a.dtype}-{a.shape}",
 )  # fmt: skip
 def test_numpy_arrays_keep_dtype_and_shape(value: np.ndarray, tmp_path: Path) -> None:
@@ -154,13 +156,22 @@ def test_live_objects_are_restored_in_place(tmp_path: Path) -> None:
     assert got["net"] is mine["net"]
     assert torch.equal(got["net"].weight, want["net"].weight)
     assert got["optimizer"].param_groups[0]["lr"] == 0.1
-    assert torch.equal(got["optimizer"].state_dict()["state"][0]["exp_avg"], want["optimizer"].state_dict()["state"][0]["exp_avg"])
+    assert torch.equal(
+        got["optimizer"].state_dict()["state"][0]["exp_avg"], want["optimizer"].state_dict()["state"][0]["exp_avg"]
+    )
     assert torch.equal(torch.rand(3, generator=got["g"]), torch.rand(3, generator=want["g"]))
     for a, b in zip(got["several"], want["several"]):
         assert isinstance(a, torch.Generator), "a list of generators must not come back as a list of bytes"
         assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b))
     assert isinstance(got["pair"], tuple)
     assert torch.equal(got["pair"][0].weight, want["pair"][0].weight)
+
+
+def test_a_batch_comes_back_as_one(tmp_path: Path) -> None:
+    got = through({"replay": Batch({"reward": torch.ones(2), "text": ["a", None]})}, tmp_path)["replay"]
+    assert isinstance(got, Batch)
+    assert got.reward.tolist() == [1.0, 1.0]
+    assert got.text == ["a", None]
 
 
 def test_a_key_that_was_not_saved_does_not_survive_loading() -> None:
@@ -255,7 +266,9 @@ def test_another_set_of_models_is_refused(tmp_path: Path) -> None:
     save(at_turn(1), tmp_path)
     environment, models = case(0)
     state = begin(toy_grpo(), environment, {**models, "critic": nn.Linear(1, 1)})
-    with pytest.raises(CheckpointError, match=r"holds the models \['policy'\], and this run has \['critic', 'policy'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"holds the models \['policy'\], and this run has \['critic', 'policy'\]"
+    ):
         load(state, tmp_path)
 
 
@@ -264,7 +277,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
 
     save(at_turn(1), tmp_path)
     task = TokenTask(length=7)
-    with pytest.raises(CheckpointError, match="the saved models.policy does not fit this run"):
+    with pytest.raises(CheckpointError, match=r"the saved models\.policy does not fit this run"):
         load(begin(toy_grpo(), task, {"policy": TableTokens(task)}), tmp_path)
 
 
@@ -321,7 +334,17 @@ def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 # -- interruption ------------------------------------------------------------------------------------------------
 
-STEPS = ["Path.mkdir", "_encode", "save_file", "Path.write_text", "_digest", "here", "_sync", "Path.rename", "shutil.rmtree"]
+STEPS = [
+    "Path.mkdir",
+    "_encode",
+    "save_file",
+    "Path.write_text",
+    "_digest",
+    "here",
+    "_sync",
+    "Path.rename",
+    "shutil.rmtree",
+]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next turn", "same turn"])
@@ -336,16 +359,14 @@ def test_whatever_step_fails_a_complete_checkpoint_stays_loadable(
     old, new = at_turn(1), at_turn(1 if again else 2)
     new.models["policy"].logits.data.add_(1.0)  # type: ignore[union-attr, operator]
     survivors = [digest(old), digest(new)]
-    calls = 0
     for nth in range(8):
         folder = tmp_path / str(nth)
         save(old, folder)
-        calls = 0
+        countdown = [nth]
 
-        def failing(*args: Any, **more: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth + 1:
+        def failing(*args: Any, countdown: list[int] = countdown, **more: Any) -> Any:
+            countdown[0] -= 1
+            if countdown[0] == -1:
                 raise KeyboardInterrupt
             return original(*args, **more)
 
@@ -368,44 +389,33 @@ def test_whatever_step_fails_a_complete_checkpoint_stays_loadable(
 
 
 def test_a_process_killed_amid_saves_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    child = textwrap.dedent("""
-        import sys, itertools
-        from pathlib import Path
-        import torch
-        torch.set_num_threads(1)
-        from tests.spikes.bapo import toy_grpo
-        from tests.spikes.tokens import case
-        from trimtab.core.loop import run
-        from trimtab.core.state import save
-        environment, models = case(0)
-        for step in run(toy_grpo().but(rows=None, passes=1), environment, models, until=10**6):
-            save(step.state, Path(sys.argv[1]))
-            save(step.state, Path(sys.argv[1]))
-            print(step.turn, flush=True)
-    """)
-    root = Path(__file__).parents[2]
-    method = toy_grpo().but(rows=None, passes=1)
-    children = []
-    for k in range(4):
-        folder = tmp_path / str(k)
-        process = subprocess.Popen([sys.executable, "-c", child, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root,
-                                   env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
-        children.append((folder, process))
-    for k, (folder, process) in enumerate(children):
-        assert process.stdout is not None
-        said = int(process.stdout.readline())
-        time.sleep(0.01 * k + 0.003)
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().split()
-        process.wait()
-        said = int(rest[-1]) if rest else said
-        state = fresh(1, method)
-        load(state, folder)
-        assert state.clock.turns in (said, said + 1), "more was lost than the turn that was being saved"
-        save(state, folder)
+    for kill in range(12):
+        folder, state = tmp_path / str(kill), at_turn(1)
+        heard, tell = os.pipe()
+        child = os.fork()
+        if child == 0:  # save for ever, each turn twice, and say which turn is on disk
+            os.close(heard)
+            while True:
+                save(state, folder)
+                state.models["policy"].logits.data.fill_(state.clock.turns)  # type: ignore[union-attr, operator]
+                save(state, folder)
+                os.write(tell, state.clock.turns.to_bytes(4, "big"))
+                state.clock.turns += 1
+        os.close(tell)
+        said = os.read(heard, 4)
+        time.sleep(0.004 * kill)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(heard, "rb") as pipe:
+            said = (said + pipe.read())[-4:]
+        loaded = fresh(1)
+        load(loaded, folder)
+        lost = int.from_bytes(said, "big") - loaded.clock.turns
+        assert lost in (0, -1), "a turn that was said to be on disk is gone"
+        save(loaded, folder)
         assert not list(folder.glob(".writing-*"))
-        step = next(run(method, state.environment, state.models, until=10**6, state=state))
-        assert step.turn == state.clock.turns
+        for _ in run(toy_grpo(), loaded.environment, loaded.models, until=loaded.clock.turns + 1, state=loaded):
+            pass
 
 
 # -- state of pieces ---------------------------------------------------------------------------------------------
@@ -415,7 +425,10 @@ def test_a_piece_state_that_changes_shape_resumes_exactly(tmp_path: Path) -> Non
     @piece("annotate", state={"book": lambda kit, options: {"first": 1, "log": []}})
     def booked(kit: Any, batch: Any) -> Any:
         book = kit.state["book"]
-        kit.state["book"] = {"log": [*book["log"], (kit.clock.turns, np.float32(0.1) * len(batch))], kit.clock.turns: batch.mask}
+        kit.state["book"] = {
+            "log": [*book["log"], (kit.clock.turns, np.float32(0.1) * len(batch))],
+            kit.clock.turns: batch.mask,
+        }
         return batch
 
     method = toy_grpo().then(booked())

@@ -28,7 +28,7 @@ def prompts_of(policy: LanguagePolicy) -> list[list[int]]:
 def general(policy: LanguagePolicy) -> LocalSampler:
     """The sampler over transformers' own forward."""
     decoder = ModuleDecoder(policy.causal, policy.autocast)
-    return LocalSampler(lambda: decoder, policy.ends, policy.fill, policy.device, policy.wide)
+    return LocalSampler(lambda: decoder, policy.ends, policy.fill, policy.wide)
 
 
 def batch_of(

@@ -140,9 +140,9 @@ class Batch(Mapping[str, Column]):
     def cat(batches: Sequence[Batch]) -> Batch:
         """Join rows. Decision axes are padded on the right to the longest `T` (prompts on the left).
 
-        A column that one batch lacks is filled: -1 for ids, nan for other floats, 0 for the rest. Padding is zero, so
-        that a padded decision has `mask` 0. The nan is deliberate: reading what was never collected must not look
-        like a number.
+        A column that one batch lacks is filled: -1 for ids, `mask` for `keep`, nan for other floats, 0 for the rest.
+        Padding is zero, so that a padded decision has `mask` 0. The nan is deliberate: reading what was never
+        collected must not look like a number.
         """
         batches = [b for b in batches if len(b)]
         if not batches:
@@ -152,7 +152,7 @@ class Batch(Mapping[str, Column]):
 
 
 def _join(name: str, batches: Sequence[Batch]) -> Column:
-    held = [b.columns.get(name) for b in batches]
+    held = [b.columns.get(name, b.columns.get("mask") if name == "keep" else None) for b in batches]
     example = next(c for c in held if c is not None)
     if isinstance(example, list):
         return [x for b, c in zip(batches, held) for x in (c if c is not None else [None] * len(b))]

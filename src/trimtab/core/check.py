@@ -59,6 +59,8 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
         for source in (rule.source, rule.options.get("b", rule.source)):
             if source not in known:
                 raise MethodError(f"copy {name!r} follows {source!r}, which is no model. {nearest(source, known)}")
+        if rule.source in copies and rule.moment in ("before", "after"):
+            raise MethodError(f"copy {name!r} follows updates of {rule.source!r}, a copy, which no track updates")
         chain = [name]
         while chain[-1] in copies:
             chain.append(copies[chain[-1]].source)

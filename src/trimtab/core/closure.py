@@ -142,11 +142,14 @@ class Closure:
         for part in parts:
             whole = len(parts) == 1 and len(part) == len(rows)
             micro = rows if whole else rows.take(part)
-            yield self._terms(micro, scale if whole else [w.index_select(1, part) for w in scale])
+            yield self._terms(micro, scale if whole else [w.index_select(1, part.to(w.device)) for w in scale])
 
     def _live(self, rows: Batch) -> Tensor | None:
-        """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`)."""
-        tests = [p.core.idle for p in self.losses]
+        """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`).
+
+        A wrap may add to what it surrounds, so it must declare that too.
+        """
+        tests = [q.idle for p in self.losses for q in p.walk() if q.stage == "loss"]
         if not tests or None in tests:
             return None
         dead = torch.stack([test(rows.guarded(None)) for test in tests if test]).all(0)

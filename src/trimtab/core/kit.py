@@ -116,7 +116,7 @@ class Kit:
             return model.evaluate(plain, want)
         outs = [model.evaluate(plain.take(part), want) for part in parts]
         order = torch.argsort(torch.cat(parts))
-        return {k: torch.cat([o[k] for o in outs]).index_select(0, order) for k in outs[0]}
+        return {k: torch.cat([o[k] for o in outs]).index_select(0, order.to(outs[0][k].device)) for k in outs[0]}
 
     # -- running pieces -----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Kit:
         if len(made):
             made = self._guarded(piece, made, *({k: v[chosen] for k, v in values.items()} for values in now))
             if len(made) != int(chosen.sum()):
-                raise MethodError(f"{piece.name} drops rows of a batch with several sources; there it may only shrink keep")
+                raise MethodError(f"{piece.name} drops rows of a batch of several sources; there it may only shrink keep")
         spread: dict[str, Any] = {}
         for name in piece.union("writes"):
             if len(made) and name not in made.columns:  # it declared a column that it had no need to write

@@ -24,7 +24,7 @@ from trimtab.core.terms import split, units
 
 @dataclass(frozen=True)
 class Step:
-    """What one turn of the loop gives: its batch, its averaged numbers, and the whole state (`save(step.state, ...)`)."""
+    """What one turn gives: its batch, its averaged numbers, and the whole state (`save(step.state, folder)`)."""
 
     turn: int
     batch: Batch

@@ -187,7 +187,7 @@ class Method:
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
 
     def set(self, path: str, value: Any) -> Method:
-        """Give an option another value, as a user does. A later swap that would lose it is refused."""
+        """Give an option another value, as a user does. A later edit that would lose it is refused."""
         track, piece, rest = self.locate(path)
         if not rest:
             raise MethodError(f"{path!r} is a whole piece; name one of its options. {nearest('', piece.options)}")
@@ -195,6 +195,9 @@ class Method:
         if isinstance(old, Piece):
             raise MethodError(f"{path!r} is the part {old.name!r}; set one of its options: {sorted(old.options)}")
         full = self._full(track, piece, rest)
+        yours = {self._local(e.path) for e in self.edits if e.by == YOU and e.kind == "set"}
+        if _AUTHOR.get().name != YOU and self._local(full) in yours:
+            self._keeps(full, f"{_AUTHOR.get().name} sets {full!r} to {show(value)}")
         made = self._put(track, piece, piece.assign(rest, value))._noted("set", full, f"{show(old)} -> {show(value)}")
         return replace(made, explicit=(*made.explicit, full))
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.core.errors import MethodError
+from trimtab.core.errors import MethodError, nearest
 from trimtab.core.loop import make_state
 from trimtab.core.method import Method, Phase
-from trimtab.core.state import State
+from trimtab.core.state import COUNTERS, State
 
 # Copies that follow their source all the time: they start anew with it. Others keep what they were taken for.
 FOLLOWERS = ("polyak", "every", "previous", "pool", "best")
@@ -86,4 +86,8 @@ def phased(name: str, phases: Sequence[Phase]) -> Method:
     """A method that runs other methods one after another over one state tree; the last one goes on to the end."""
     if not phases:
         raise MethodError(f"{name} has no phases")
+    for phase in phases:
+        for counter in phase.until:
+            if counter not in COUNTERS:
+                raise MethodError(f"phase {phase.name!r}: until={counter!r} is not counted. {nearest(counter, COUNTERS)}")
     return Method(name, phases=tuple(phases))

@@ -90,10 +90,10 @@ class Definition:
         if base is not None and self.base is not None and base.name != self.base.name:
             name = f"{self.name}+{base.name}"
         made = replace(made, name=name, explicit=tuple(dict.fromkeys(explicit)))
-        phases = [
-            replace(p, method=replace(p.method, explicit=(*p.method.explicit, *_below(f"phase {i + 1} {p.name} / ", explicit))))
-            for i, p in enumerate(made.phases)
-        ]
+        phases = []
+        for i, p in enumerate(made.phases):
+            inside = (*p.method.explicit, *_below(f"phase {i + 1} {p.name} / ", explicit))
+            phases.append(replace(p, method=replace(p.method, explicit=inside)))
         return replace(made, phases=tuple(phases))
 
     def _build(self, base: Method | None, options: dict[str, Any]) -> Method:
@@ -128,7 +128,7 @@ def method(
     def decorate(fn: Callable[..., Method]) -> Definition:
         made = Definition(name=fn.__name__, fn=fn, world=world, title=title, case=case, base=base, **facts)
         if base is not None and made.neutral is None:
-            raise MethodError(f"{made.name} changes {base.name}, so it must declare the options at which it is {base.name}")
+            raise MethodError(f"{made.name} changes {base.name}, so it must declare options at which it is {base.name}")
         if register:
             keys = (made.name, *made.aliases, *([made.arxiv] if made.arxiv else []))
             for key in keys:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab.core.batch import Batch
 from trimtab.core.copies import Kept
 from trimtab.core.errors import CheckpointError
 
@@ -141,6 +142,8 @@ class State:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Batch):
+        return value
     if hasattr(value, "state_dict"):
         return _plain(value.state_dict())
     if isinstance(value, Mapping):
@@ -151,6 +154,8 @@ def _plain(value: Any) -> Any:
 
 
 def _restore(target: Any, saved: Any, path: str) -> Any:
+    if isinstance(target, Batch) or isinstance(saved, Batch):
+        return saved
     if isinstance(target, torch.Generator):
         target.set_state(saved)
         return target
@@ -183,6 +188,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, Tensor) and value.dtype not in _NOT_SAVED:
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"$tensor": path}
+    if isinstance(value, Batch):
+        return {"$batch": _encode(value.columns, tensors, path)}
     if isinstance(value, Mapping):
         return {"$dict": [[_encode(k, tensors, ""), _encode(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, tuple):
@@ -208,6 +215,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, inside),) = value.items()
     if kind == "$dict":
         return {_decode(k, tensors): _decode(v, tensors) for k, v in inside}
+    if kind == "$batch":
+        return Batch(_decode(inside, tensors))
     if kind == "$tuple":
         return tuple(_decode(v, tensors) for v in inside)
     # A fresh allocation: a view into the file may be unaligned, and then a batch-1 linear rounds differently.

@@ -23,7 +23,7 @@ PERS = ("token", "row", "row_sum", "group", "episode", "pair", "fixed(L)")
 
 @dataclass(frozen=True)
 class Term:
-    """An un-reduced value: `[N, T]`, or `[N]` for what belongs to the whole row. A `metric` is reported, never summed."""
+    """An un-reduced value, `[N, T]`, or `[N]` for the whole row. A `metric` is reported, never summed."""
 
     value: Tensor
     name: str

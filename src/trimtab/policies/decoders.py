@@ -78,7 +78,8 @@ class ModuleDecoder:
 
     def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
         self.cache = DynamicCache(config=self.model.config)
-        self.mask = mask.long()
+        device = next(self.model.parameters()).device
+        prompts, self.mask = prompts.to(device), mask.to(device).long()
         self.place = self.mask.sum(1, keepdim=True)  # where the next token goes
         return self._forward(prompts, (self.mask.cumsum(1) - 1).clamp_min(0))
 

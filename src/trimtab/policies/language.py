@@ -57,7 +57,7 @@ class LanguagePolicy(nn.Module):
         self.wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self.ends = _ends(self.causal, tokenizer)
         self.fill: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
-        self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.device, self.wide)
+        self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide)
         self._working = _Working()
         self._plain_head: bool | None = None
         self._left_out = _left_out(self)
@@ -246,7 +246,8 @@ class LanguagePolicy(nn.Module):
 
     def _decoder(self) -> ModuleDecoder | LlamaDecoder:
         working, stamp = self._working, _stamp(self.model.parameters())
-        if working.decoder is None:
+        if working.decoder is None or working.device != self.device:
+            working.device = self.device
             kind = LlamaDecoder if LlamaDecoder.fits(self.causal) else ModuleDecoder
             working.decoder = kind(self.causal, self.autocast)
         elif working.touched or stamp != working.stamp:
@@ -305,6 +306,7 @@ class _Working:
     def __init__(self) -> None:
         self.decoder: ModuleDecoder | LlamaDecoder | None = None
         self.stamp: tuple[Any, ...] = ()
+        self.device: torch.device | None = None
         self.touched = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Working:

@@ -85,6 +85,8 @@ class LlamaDecoder:
                 at += len(weight)
 
     def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
+        device = self.head.device
+        prompts, mask = prompts.to(device), mask.to(device)
         n, p = prompts.shape
         shape = (len(self.layers), 2, n, self.heads, p + room, self.width)
         self.cache = torch.empty(shape, dtype=self.dtype, device=prompts.device)

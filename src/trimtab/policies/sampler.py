@@ -69,6 +69,10 @@ class Rollout:
     logp: Tensor
     finished: Tensor
 
+    def cpu(self) -> Rollout:
+        """The same on the CPU, where text is decoded and scored."""
+        return Rollout(self.tokens.cpu(), self.mask.cpu(), self.logp.cpu(), self.finished.cpu())
+
 
 class Sampler(Protocol):
     """Whatever draws responses: the local one below, or a server."""
@@ -80,7 +84,7 @@ class Decoder(Protocol):
     """A language model that reads prompts once and then one token per row and step."""
 
     def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
-        """Read left-padded prompts `[B, P]`, with room for so many tokens more; the next-token logits `[B, V]`."""
+        """Read left-padded prompts `[B, P]` (on any device), with room for more tokens; next-token logits `[B, V]`."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token per row, `[n]`; the next-token logits `[n, V]`."""
@@ -152,13 +156,10 @@ class LocalSampler:
     float64 policy).
     """
 
-    def __init__(
-        self, decoder: Callable[[], Decoder], ends: Sequence[int], fill: int, device: torch.device, compute: torch.dtype
-    ) -> None:
+    def __init__(self, decoder: Callable[[], Decoder], ends: Sequence[int], fill: int, compute: torch.dtype) -> None:
         self.decoder = decoder
-        self.ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        self.ends = torch.tensor(sorted(ends), dtype=torch.long)
         self.fill = fill
-        self.device = device
         self.compute = compute
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ class LocalSampler:
         noise = None
         if not sampling.greedy:
             assert seeds is not None
-            noise = uniforms(seeds, sampling.new_tokens).to(self.device)
+            noise = uniforms(seeds, sampling.new_tokens)
         decoder = self.decoder()
         per = max(1, ROWS_AT_ONCE // copies)
         parts = [
@@ -204,25 +205,27 @@ class LocalSampler:
     ) -> Rollout:
         n, steps = len(prompts) * copies, sampling.new_tokens
         ids, mask = pad_left(prompts, self.fill)
-        logits = decoder.start(ids.to(self.device), mask.to(self.device), steps).to(self.compute)
-        tokens = torch.full((n, steps), self.fill, dtype=torch.long, device=self.device)
-        logp = torch.zeros(n, steps, dtype=self.compute, device=self.device)
-        taken = torch.zeros(n, steps, dtype=torch.bool, device=self.device)
-        finished = torch.zeros(n, dtype=torch.bool, device=self.device)
-        alive = torch.arange(n, device=self.device)
+        logits = decoder.start(ids, mask, steps).to(self.compute)
+        device, ends = logits.device, self.ends.to(logits.device)
+        noise = None if noise is None else noise.to(device)
+        tokens = torch.full((n, steps), self.fill, dtype=torch.long, device=device)
+        logp = torch.zeros(n, steps, dtype=self.compute, device=device)
+        taken = torch.zeros(n, steps, dtype=torch.bool, device=device)
+        finished = torch.zeros(n, dtype=torch.bool, device=device)
+        alive = torch.arange(n, device=device)
         # The decoder holds one row per distinct past: samples that said the same so far are one row of it.
         slot = alive // copies
         for t in range(steps):
             token, value = draw(logits, slot, None if noise is None else noise[alive, t], sampling)
             tokens[alive, t], logp[alive, t], taken[alive, t] = token, value, True
-            ended = torch.isin(token, self.ends)
+            ended = torch.isin(token, ends)
             finished[alive[ended]] = True
             if t + 1 == steps or bool(ended.all()):
                 break
             alive, held, vocabulary = alive[~ended], len(logits), logits.shape[1]
             pasts, slot = (slot * vocabulary + token)[~ended].unique(return_inverse=True)
             before, said = pasts // vocabulary, pasts % vocabulary
-            if not torch.equal(before, torch.arange(held, device=self.device)):
+            if not torch.equal(before, torch.arange(held, device=device)):
                 decoder.keep(before)
             logits = decoder.step(said).to(self.compute)
         width = int(taken.any(0).sum())

@@ -66,7 +66,7 @@ def _sane(options: Mapping[str, Any]) -> str | None:
 def rollouts(
     kit: Kit,
     *,
-    prompts: int = 8,
+    prompts: int = 32,
     group: int = 8,
     new_tokens: int = 16,
     temperature: float = 1.0,
@@ -77,9 +77,11 @@ def rollouts(
     """`prompts x group` responses of the policy, scored by the environment; N rows, T = the longest response.
 
     prompts: problems per batch. group: responses per problem. new_tokens: longest response. temperature, top_k, top_p:
-    how tokens are drawn; 0 and 1.0 switch the last two off. revisit: chance, in (0, 1], of drawing a problem again while
-    its latest group was all right; such a group is mostly all right again, and teaches nothing. A response whose reward failed leaves the batch, counted in
-    the log as `failures`: a failure is not a reward of 0. Raises EnvironmentFailure when none is left.
+    how tokens are drawn; 0 and 1.0 switch the last two off. revisit: chance, in (0, 1], of drawing a problem again
+    while its latest group was all right; such a group is mostly all right again, and teaches nothing.
+
+    A response whose reward failed leaves the batch, counted in the log as `failures`: a failure is not a reward of 0.
+    Raises EnvironmentFailure when none is left.
     """
     from trimtab.policies.sampler import Sampling
 
@@ -88,7 +90,7 @@ def rollouts(
     encoded = [policy.encode(p.prompt) for p in problems]
     seeds = torch.randint(2**62, (prompts * group,), generator=kit.rng("rollout"))
     sampling = Sampling(new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    made = policy.sampler.sample(encoded, group, seeds, sampling)
+    made = policy.sampler.sample(encoded, group, seeds, sampling).cpu()
     asked = [p for p in problems for _ in range(group)]
     texts = [policy.decode(t[m].tolist()) for t, m in zip(made.tokens, made.mask)]
     scores = kit.environment.score(asked, texts)
@@ -126,7 +128,7 @@ def rollouts(
     kit.state["solved"] = kit.state["solved"] | {p.key: right for p, right in zip(problems, best.tolist())}
     batch = batch if bool(good.all()) else batch.take(good)
     _log(kit, batch)
-    return batch
+    return batch.to(policy.device)
 
 
 def _log(kit: Kit, batch: Batch) -> None:
@@ -138,8 +140,11 @@ def _log(kit: Kit, batch: Batch) -> None:
     kit.log("truncated", batch.truncated.double().mean())
 
 
-@piece("collect", writes=("prompt", "prompt_mask", "action", "mask", "episode", "source", "age", "question", "response"),
-       state={"ids": first_id})  # fmt: skip
+@piece(
+    "collect",
+    writes=("prompt", "prompt_mask", "action", "mask", "episode", "source", "age", "question", "response"),
+    state={"ids": first_id},
+)
 def demonstrations(kit: Kit, *, prompts: int = 16) -> Batch:
     """`prompts` reference answers of the environment as rows to imitate; `source` is expert, every token counts."""
     policy = kit.models["policy"]

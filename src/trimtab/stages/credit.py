@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.core.batch import Batch
+from trimtab.core.batch import Batch, Segments
 from trimtab.core.errors import nearest
 from trimtab.core.piece import piece
 
 SCALES = ("none", "group", "batch")
 _READS = ("reward", "group", "mask")
+
+
+def centred(score: Tensor, group: Segments) -> Tensor:
+    """`R_i - mean_g(R)`; exactly 0 where all of a group are equal, which is not left to rounding: no signal."""
+    return (score - group.mean(score)).masked_fill(group.same(score), 0.0)
 
 
 def spread(batch: Batch, credit: Tensor) -> Batch:
@@ -22,20 +27,23 @@ def spread(batch: Batch, credit: Tensor) -> Batch:
 
 @piece("credit", reads=_READS, writes=("advantage",))
 def group_mean(batch: Batch) -> Batch:
-    """`A_i = R_i - mean_g(R)`, the mean including the row itself; a group of one gets 0 (REINFORCE with baseline)."""
-    score = batch.score()
-    return spread(batch, score - batch.by("group").mean(score))
+    """`A_i = R_i - mean_g(R)`, the mean including the row itself (REINFORCE with baseline).
+
+    All-equal groups and groups of one get exactly 0.
+    """
+    return spread(batch, centred(batch.score(), batch.by("group")))
 
 
 @piece("credit", reads=_READS, writes=("advantage",))
 def leave_one_out(batch: Batch) -> Batch:
-    """`A_i = R_i - mean_{j != i}(R_j) = n/(n-1) (R_i - mean_g(R))`; a group of one gets 0.
+    """`A_i = R_i - mean_{j != i}(R_j) = n/(n-1) (R_i - mean_g(R))`.
 
+    All-equal groups and groups of one get exactly 0.
     Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, eq. 6.
     """
     score, group = batch.score(), batch.by("group")
     n = group.count().to(score.dtype)
-    return spread(batch, n / (n - 1).clamp_min(1) * (score - group.mean(score)))
+    return spread(batch, n / (n - 1).clamp_min(1) * centred(score, group))
 
 
 def _scale_known(options: Mapping[str, Any]) -> str | None:
@@ -52,11 +60,10 @@ def group_normalised(batch: Batch, *, scale: str = "group", ddof: int = 1, eps: 
     Shao et al. 2024 (GRPO), arXiv 2402.03300, section 4.1.2.
     """
     score, group = batch.score(), batch.by("group")
-    centred = score - group.mean(score)
-    centred = centred.masked_fill(group.same(score), 0.0)  # not left to rounding: all-equal means no signal
-    if scale == "none":
-        return spread(batch, centred)
+    credit = centred(score, group)
     if scale == "group":
-        return spread(batch, centred / (group.std(score, ddof) + eps))
-    everyone = score.std(correction=ddof) if len(score) > ddof else score.new_zeros(())
-    return spread(batch, centred / (everyone + eps))
+        credit = credit / (group.std(score, ddof) + eps)
+    elif scale == "batch":
+        everyone = score.std(correction=ddof) if len(score) > ddof else score.new_zeros(())
+        credit = credit / (everyone + eps)
+    return spread(batch, credit.masked_fill(group.same(score), 0.0))  # again: with eps = 0 it was 0 / 0

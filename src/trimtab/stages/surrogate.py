@@ -16,7 +16,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import nearest
 from trimtab.core.kit import Kit
 from trimtab.core.piece import Piece, piece
-from trimtab.core.terms import Term, mask_of
+from trimtab.core.terms import Term, mask_of, rows_of
 
 Now = Mapping[str, Tensor]
 
@@ -128,7 +128,7 @@ def surrogate(
     return terms
 
 
-@piece("loss")
+@piece("loss", idle=lambda batch: rows_of(batch, None))
 def scaled(kit: Kit, batch: Batch, now: Now, *, inner: Callable[..., Any], by: float = 1.0) -> list[Term]:
     """A wrap: every term of the loss inside, times `by` (a number or a schedule)."""
     made = inner(batch, now)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from trimtab.core.copies import frozen
 from trimtab.core.method import Method, Track
+from trimtab.core.piece import Schedule
 from trimtab.core.registry import Neutral, method
+from trimtab.core.schedules import linear
 from trimtab.stages.annotate import logp_old, logp_ref
 from trimtab.stages.collect import demonstrations, rollouts
 from trimtab.stages.credit import group_mean, group_normalised, leave_one_out
 from trimtab.stages.surrogate import clip, pessimistic, score_function, surrogate, token_ratio
 from trimtab.stages.terms import kl_penalty, nll
 from trimtab.stages.update import adamw
+
+DECAY = linear(3e-5, 0.0)
 
 
 @method(
@@ -19,11 +23,12 @@ from trimtab.stages.update import adamw
     aliases=("reinforce_baseline",),
     case="text",
 )
-def reinforce(*, lr: float = 1e-5, clip_norm: float | None = 1.0, per: str = "token") -> Method:
+def reinforce(*, lr: float | Schedule = DECAY, clip_norm: float | None = 1.0, per: str = "token") -> Method:
     """`loss = -A log pi`, `A_i = R_i - mean_g(R)`; on policy, one update per batch.
 
     Williams 1992; the baseline is the mean reward of the prompt's own group (verl's `norm_adv_by_std_in_grpo=False`).
-    lr: AdamW step size. clip_norm: largest gradient norm. per: reduction over tokens (DESIGN section 4).
+    lr: AdamW step size, a number or a schedule; 3e-5 falling to 0 over the run suits models of 100M parameters, 1e-6 is
+    usual at 7B. clip_norm: largest gradient norm. per: reduction over tokens (`token`, `row`, `row_sum`, `fixed(L)`).
     """
     return Method(
         "reinforce",
@@ -87,7 +92,7 @@ def grpo(
     rows: int | None = None,
     passes: int = 1,
 ) -> Method:
-    """Edits to reinforce: credit divided by the group's std; ratio to the old policy, clipped; optional KL to the start.
+    """Edits to reinforce: credit divided by the group's std; a clipped ratio to the old policy; optional KL to the start.
 
     `loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl k(pi, ref)`, `A_i = (R_i - mean_g) / (s_g + eps)`.
     per: "token" (TRL's and verl's default) or "row" (the paper: mean of the rows' token means). ddof: 1 in both
@@ -95,9 +100,10 @@ def grpo(
     per update (None: all) and passes over a batch; with the defaults the ratio is 1, and the bound inert.
     verl's dual clip (c = 3) is left out: it binds only for A < 0 and r > 3.
     """
+    clipped = surrogate(ratio=token_ratio(), bound=clip(clip_low, clip_high), shape=pessimistic(), per=per)
     made = (
         base.swap("credit", group_normalised(scale=scale, ddof=ddof, eps=eps))
-        .swap("surrogate", surrogate(ratio=token_ratio(), bound=clip(clip_low, clip_high), shape=pessimistic(), per=per))
+        .swap("surrogate", clipped)
         .then(logp_old())
         .but(rows=rows, passes=passes)
     )
@@ -108,7 +114,7 @@ def grpo(
 
 
 @method(world="language", title="Supervised fine-tuning on reference answers (SFT)", aliases=("nll",), case="text")
-def sft(*, lr: float = 1e-5, clip_norm: float | None = 1.0, prompts: int = 16) -> Method:
+def sft(*, lr: float | Schedule = DECAY, clip_norm: float | None = 1.0, prompts: int = 16) -> Method:
     """`loss = -sum(m log pi) / sum(m)` over the response tokens of the environment's reference answers.
 
     prompts: demonstrations per batch. lr, clip_norm: AdamW step size and largest gradient norm.

@@ -1,0 +1,55 @@
+"""What the core expects of a policy, an environment and an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.core.batch import Batch
+
+
+class Policy(Protocol):
+    """Any `nn.Module` that can say what it thinks of decisions.
+
+    provides: the names `evaluate` can return, out of logp, entropy, hidden, topk, mean, std, value, score, energy. A
+    method whose pieces want anything else is refused before the first step.
+    """
+
+    provides: frozenset[str]
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> Mapping[str, Tensor]:
+        """Exactly what was asked, `[N, T, ...]` or `[N, ...]`, with gradient unless it is off; 0 where `mask` is 0.
+
+        It must not depend on padding or on which rows are evaluated together, beyond rounding.
+        """
+
+
+class Actor(Protocol):
+    """A policy that decides one step at a time (environments); `carry` is whatever it remembers between steps."""
+
+    def act(self, obs: Any, carry: Any, rng: torch.Generator) -> tuple[Any, Any]:
+        """A decision for each observation, and the new carry. All randomness comes from `rng`."""
+
+
+class Environment(Protocol):
+    """What answers decisions. Its state is part of the state tree; collect pieces know its other methods."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Everything that changes while it is used, of tensors, numbers, text, lists and dicts."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on exactly where `state_dict` was taken."""
+
+
+class Update(Protocol):
+    """A piece of stage "update": moves the track's parameters and says what happened."""
+
+    def __call__(self, kit: Any, closure: Any, **options: Any) -> tuple[Mapping[str, float | Tensor], bool]:
+        """Logs, and whether this track should stop for the rest of the batch.
+
+        `closure(params, where, create_graph)` gives loss and gradient on any rows at any parameters, `closure.terms` and
+        `closure.micro` the un-reduced terms.
+        """
