@@ -1,10 +1,10 @@
 """Policy optimization methods as small named changes to one loop: composable, resumable, tested against their papers.
 
-    method = trimtab.parse("grpo")
-    policy = trimtab.load_policy("smollm2")
-    environment = trimtab.load_environment("reasoning-gym:chain_sum(min_terms=2,max_terms=2)")
-    for step in trimtab.run(method, environment, policy, until=60):
-        print(step.turn, step.logs["reward"])
+method = trimtab.parse("grpo")
+policy = trimtab.load_policy("smollm2")
+environment = trimtab.load_environment("reasoning-gym:chain_sum(min_terms=2,max_terms=2)")
+for step in trimtab.run(method, environment, policy, until=60):
+    print(step.turn, step.logs["reward"])
 """
 
 from importlib import import_module

@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="trimtab",
         description="Policy optimization methods as small named changes to one loop.",
         args=argv,

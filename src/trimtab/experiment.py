@@ -77,9 +77,7 @@ class Experiment:
         return int(known.get("collect.new_tokens", 16))
 
     def evaluate(self) -> Evaluation:
-        return evaluate(
-            self.policy, self.environment, problems=self.request.eval_problems, new_tokens=self.new_tokens
-        )
+        return evaluate(self.policy, self.environment, problems=self.request.eval_problems, new_tokens=self.new_tokens)
 
 
 def settle(request: Request) -> Request:
@@ -141,9 +139,7 @@ def build(request: Request) -> Experiment:
     torch.set_num_threads(max(1, request.threads))
     method = configured(request)
     environment = load_environment(request.env, seed=request.seed, reward=request.reward, prompt=request.prompt)
-    policy = load_policy(
-        request.policy, lora=request.lora, dtype=request.dtype, chat=request.chat, seed=request.seed
-    )
+    policy = load_policy(request.policy, lora=request.lora, dtype=request.dtype, chat=request.chat, seed=request.seed)
     return Experiment(request, method, environment, policy)
 
 

@@ -25,7 +25,8 @@ SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update
 
 
 def ask(out: Path, **more: Any) -> Request:
-    return Request("grpo", "nano", ENV, str(out), **{"steps": 4, "set": SMALL, "eval_every": 2, "save_every": 2, **more})
+    usual = {"steps": 4, "set": SMALL, "eval_every": 2, "save_every": 2}
+    return Request("grpo", "nano", ENV, str(out), **{**usual, **more})
 
 
 def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -36,8 +37,8 @@ def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 def test_train_json_is_one_stable_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"--set={s}" for s in SMALL]
-    code, out, _ = say(capsys, "train", "grpo", "--policy", "nano", "--env", ENV, "--steps", "3", "--seed", "1", "--out",
-                       str(tmp_path / "a"), "--json", *words)  # fmt: skip
+    words += ["--steps", "3", "--seed", "1", "--out", str(tmp_path / "a"), "--json"]
+    code, out, _ = say(capsys, "train", "grpo", "--policy", "nano", "--env", ENV, *words)
     assert code == 0
     made = json.loads(out)
     assert set(made) >= {"run", "seconds", "eval"}
@@ -140,7 +141,10 @@ def test_methods_json_has_the_promised_fields(capsys: pytest.CaptureFixture[str]
     assert by["grpo"]["base"] == "reinforce"
 
 
-@pytest.mark.parametrize("words", [["methods"], ["diff", "reinforce", "grpo"], ["explain", "grpo(kl=0.04)"], ["doctor"]])
+LOOKING = [["methods"], ["diff", "reinforce", "grpo"], ["explain", "grpo(kl=0.04)"], ["doctor"]]
+
+
+@pytest.mark.parametrize("words", LOOKING)
 def test_commands_that_look_at_things(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = say(capsys, *words)
     assert code in (0, 1 if words == ["doctor"] else 0)

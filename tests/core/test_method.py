@@ -433,7 +433,7 @@ def test_registering_refuses_a_second_name_and_leaves_no_half() -> None:
         def brand_newer() -> Method: ...
 
     assert before == registry._METHODS
-    with pytest.raises(MethodError, match="it must declare the options at which it is grpo"):
+    with pytest.raises(MethodError, match="it must declare options at which it is grpo"):
 
         @method(world="language", title="no neutral", case="text", base=grpo)
         def brand_newest(base: Method) -> Method: ...

@@ -212,16 +212,22 @@ def test_loaded_tensors_do_not_share_memory_with_the_file_or_the_run(tmp_path: P
 
 
 def test_the_newest_n_are_kept(tmp_path: Path) -> None:
+    state = fresh()
+
+    def at(turn: int) -> State:
+        state.clock.turns = turn
+        return state
+
     for turn in (1, 2, 3, 4):
-        path = save(at_turn(turn), tmp_path, keep=3)
+        path = save(at(turn), tmp_path, keep=3)
         assert path.name == f"turn-{turn:08d}"
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "3", "4"]
-    save(at_turn(5), tmp_path, keep=1)
+    save(at(5), tmp_path, keep=1)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["5"]
     assert [p.name for p in tmp_path.iterdir()] == ["turn-00000005"], "nothing else is left behind"
     for keep in (0, -1):
         with pytest.raises(CheckpointError, match=f"keep={keep} would leave no checkpoint"):
-            save(at_turn(6), tmp_path, keep=keep)
+            save(at(6), tmp_path, keep=keep)
 
 
 def test_what_was_just_written_is_never_the_one_removed(tmp_path: Path) -> None:
@@ -359,7 +365,7 @@ def test_whatever_step_fails_a_complete_checkpoint_stays_loadable(
     old, new = at_turn(1), at_turn(1 if again else 2)
     new.models["policy"].logits.data.add_(1.0)  # type: ignore[union-attr, operator]
     survivors = [digest(old), digest(new)]
-    for nth in range(8):
+    for nth in range(5):
         folder = tmp_path / str(nth)
         save(old, folder)
         countdown = [nth]
@@ -389,7 +395,7 @@ def test_whatever_step_fails_a_complete_checkpoint_stays_loadable(
 
 
 def test_a_process_killed_amid_saves_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    for kill in range(12):
+    for kill in range(8):
         folder, state = tmp_path / str(kill), at_turn(1)
         heard, tell = os.pipe()
         child = os.fork()
@@ -403,7 +409,7 @@ def test_a_process_killed_amid_saves_leaves_a_checkpoint_that_loads(tmp_path: Pa
                 state.clock.turns += 1
         os.close(tell)
         said = os.read(heard, 4)
-        time.sleep(0.004 * kill)
+        time.sleep(0.005 * kill)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(heard, "rb") as pipe:

@@ -45,7 +45,8 @@ def test_python_of_the_readme_runs_on_the_smallest_policy(tmp_path: Path, monkey
 
 
 def test_commands_of_the_readme_are_understood() -> None:
-    lines = [line for block in blocks("README.md", "bash") for line in block.splitlines() if line.startswith("trimtab ")]
+    shown = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    lines = [line for line in shown if line.startswith("trimtab ")]
     assert len(lines) >= 8
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
@@ -56,8 +57,8 @@ def test_commands_of_the_readme_are_understood() -> None:
 
 def test_the_method_of_contributing_passes_the_laws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks("CONTRIBUTING.md", "python")
-    count = len([line for line in code.splitlines() if line.strip() and not line.strip().startswith(('"""', "`", "from"))])
-    assert count <= 20, f"the method of CONTRIBUTING has {count} lines besides its imports"
+    written = [line for line in code.splitlines() if line.strip() and not line.startswith("from")]
+    assert len(written) <= 20, f"the method of CONTRIBUTING has {len(written)} lines besides its imports"
     before = dict(registry._METHODS)
     path = tmp_path / "mean_scaled.py"
     path.write_text(code)

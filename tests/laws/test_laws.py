@@ -86,7 +86,8 @@ def test_4_every_option_of_every_piece_is_read(entry: Entry) -> None:
         makers = [ast.parse(textwrap.dedent(inspect.getsource(make))) for make in piece.state.values()
                   if inspect.getsource(make).lstrip().startswith("def")]  # fmt: skip
         read = {n.id for t in (tree, *makers) for n in ast.walk(t) if isinstance(n, ast.Name)}
-        read |= {n.value for t in makers for n in ast.walk(t) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        words = (n.value for t in makers for n in ast.walk(t) if isinstance(n, ast.Constant))
+        read |= {w for w in words if isinstance(w, str)}
         reserved = ("per", "rows", "unit")
         unread = [o for o in piece.options if o not in read and o not in reserved]
         assert not unread, f"{piece.name} accepts {unread} and never reads them"

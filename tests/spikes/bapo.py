@@ -22,7 +22,8 @@ TOLERANCE = 1e-6  # on-policy data have a share of exactly target - rounding, wh
 
 
 def share(r: Tensor, a: Tensor, m: Tensor, low: float, high: float, metric: str) -> float:
-    """What positive decisions supply of the surrogate's value: Pos / Neg ("ratio") or Pos / (Pos + Neg) ("fraction")."""
+    """Positive decisions' share of the surrogate's value: Pos / Neg ("ratio") or Pos / (Pos + Neg) ("fraction")."""
+    r = r.detach()  # the bounds are constants
     e = torch.where(a >= 0, r.clamp(max=high), r.clamp(min=low)) * a * m
     positive, negative = float(e.clamp_min(0).sum()), float(-e.clamp_max(0).sum())
     if negative <= 0:
@@ -31,9 +32,16 @@ def share(r: Tensor, a: Tensor, m: Tensor, low: float, high: float, metric: str)
 
 
 def search(
-    r: Tensor, a: Tensor, m: Tensor, *, target: float, low: tuple[float, float, float], high: tuple[float, float, float],
-    metric: str, order: str,
-) -> tuple[float, float]:  # fmt: skip
+    r: Tensor,
+    a: Tensor,
+    m: Tensor,
+    *,
+    target: float,
+    low: tuple[float, float, float],
+    high: tuple[float, float, float],
+    metric: str,
+    order: str,
+) -> tuple[float, float]:
     """Raise one bound, then the other, each from its start to its maximum by its step, until the share is reached."""
     at = {"low": low[0], "high": high[0]}
     limits = {"low": low[1:], "high": high[1:]}
@@ -61,7 +69,7 @@ def balanced(
     metric: str = "fraction",
     order: str = "high_first",
 ) -> Bound:
-    """Bounds on the ratio such that positive decisions supply at least `target`; low and high are (start, most, step)."""
+    """Bounds such that positive decisions supply at least `target`; low and high are (start, most, step)."""
     m = mask_of(batch)
     found = search(ratio, batch.advantage, m, target=target, low=low, high=high, metric=metric, order=order)
     kit.log("bound_low", found[0])
@@ -69,8 +77,14 @@ def balanced(
     return Bound(*found)
 
 
-@method(world="language", title="BAPO (spike)", base=grpo, case="tokens", register=False,
-        neutral=Neutral({"low": (0.8, 0.8, 0.02), "high": (1.2, 1.2, 0.05)}, level="exact"))  # fmt: skip
+@method(
+    world="language",
+    title="BAPO (spike)",
+    base=grpo,
+    case="tokens",
+    register=False,
+    neutral=Neutral({"low": (0.8, 0.8, 0.02), "high": (1.2, 1.2, 0.05)}, level="exact"),
+)
 def bapo(
     base: Method,
     *,

@@ -58,11 +58,12 @@ def down_sample(kit: Kit, batch: Batch, *, share: float = 0.5, tokens: float = 0
     return batch.put(keep=keep.reshape(mask.shape))
 
 
+ROWS, TOKENS = linear(0.25, 0.75), linear(0.1, 0.5)
+
+
 @method(world="language", title="D3S (spike)", base=grpo, case="tokens", register=False,
         neutral=Neutral({"share": 1.0, "tokens": 1.0}, level="exact"))  # fmt: skip
-def d3s(
-    base: Method, *, share: float | Schedule = linear(0.25, 0.75), tokens: float | Schedule = linear(0.1, 0.5)
-) -> Method:
+def d3s(base: Method, *, share: float | Schedule = ROWS, tokens: float | Schedule = TOKENS) -> Method:
     """Edits to grpo: learn from the rows of largest advantage variance and their tokens of largest |A| entropy."""
     return base.then(entropy_old(), down_sample(share=share, tokens=tokens))
 

@@ -350,7 +350,9 @@ def test_points_are_where_the_card_puts_them() -> None:
         q = kept.memory["q"]
         qs.append(q)
         assert torch.allclose(kept.module.logits, q * tables[1] + (1 - q) * tables[0], atol=1e-14)
-        assert torch.equal(step.state.copies["previous"].module.logits, tables[1]), "after its turn, the point before it"
+        assert torch.equal(step.state.copies["previous"].module.logits, tables[1]), (
+            "after its turn, the point before it"
+        )
         tables = [tables[1], models["policy"].logits.detach().clone()]
     assert len(set(qs)) == 5
 

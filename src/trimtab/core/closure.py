@@ -95,9 +95,7 @@ class Closure:
                 loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
-                new = list(
-                    torch.autograd.grad(value, mine, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-                )
+                new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
                 if create_graph:
                     grads = [g + n for g, n in zip(grads, new)]
                 elif grads:
@@ -198,7 +196,7 @@ class Closure:
         return hash(tuple((id(p), p._version) for p in self.model.parameters()))
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
-        """The terms of one loss on the rows it concerns, and on no others: theirs may hold nan where they lack a column."""
+        """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
         if chosen is not None:
             if not bool(chosen.any()):
                 return []
@@ -255,7 +253,7 @@ class Closure:
             yield leaves
         finally:
             for module, leaf, _, old in places:
-                module._parameters[leaf] = old  # type: ignore[assignment]
+                module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
         if torch.isfinite(made.loss) and torch.isfinite(made.norm):

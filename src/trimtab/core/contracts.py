@@ -50,6 +50,6 @@ class Update(Protocol):
     def __call__(self, kit: Any, closure: Any, **options: Any) -> tuple[Mapping[str, float | Tensor], bool]:
         """Logs, and whether this track should stop for the rest of the batch.
 
-        `closure(params, where, create_graph)` gives loss and gradient on any rows at any parameters, `closure.terms` and
-        `closure.micro` the un-reduced terms.
+        `closure(params, where, create_graph)` gives loss and gradient on any rows at any parameters, `closure.terms`
+        and `closure.micro` the un-reduced terms.
         """

@@ -135,7 +135,7 @@ class Kit:
         if len(made):
             made = self._guarded(piece, made, *({k: v[chosen] for k, v in values.items()} for values in now))
             if len(made) != int(chosen.sum()):
-                raise MethodError(f"{piece.name} drops rows of a batch of several sources; there it may only shrink keep")
+                raise MethodError(f"{piece.name} drops rows of a batch of several sources; it may only shrink keep")
         spread: dict[str, Any] = {}
         for name in piece.union("writes"):
             if len(made) and name not in made.columns:  # it declared a column that it had no need to write

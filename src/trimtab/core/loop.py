@@ -192,8 +192,7 @@ def enter(state: State, method: Method) -> Method:
         return method
     phases = state.phases
     while phases.index < 0 or (
-        phases.index + 1 < len(method.phases)
-        and state.clock.reached(method.phases[phases.index].until, phases.since)
+        phases.index + 1 < len(method.phases) and state.clock.reached(method.phases[phases.index].until, phases.since)
     ):
         phases.index += 1
         phases.since = state.clock.counts()

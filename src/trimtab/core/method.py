@@ -17,6 +17,7 @@ from trimtab.core.copies import Copy
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.piece import SINGLE, STAGES, Piece
 
+FIELDS = ("rows", "passes", "name", "phases", "copies", "track")  # what `but` changes
 YOU = "you"  # who made an edit that no method made
 
 
@@ -28,7 +29,7 @@ class Author:
     lineage: frozenset[str] = frozenset()
 
 
-_AUTHOR: ContextVar[Author] = ContextVar("author", default=Author())
+_AUTHOR: ContextVar[Author] = ContextVar("author", default=Author())  # noqa: B039  frozen
 
 
 @contextmanager
@@ -68,8 +69,8 @@ class Track:
     def __post_init__(self) -> None:
         if self.every < 1 or self.on not in ("update", "last"):
             raise MethodError(
-                f"track {self.name!r} has every={self.every!r} and on={self.on!r}; it runs on each k-th 'update', k >= 1, "
-                f"or on the 'last' of a batch"
+                f"track {self.name!r} has every={self.every!r} and on={self.on!r}; it runs on each k-th 'update', "
+                f"k >= 1, or on the 'last' of a batch"
             )
 
     def of(self, stage: str) -> tuple[Piece, ...]:
@@ -258,10 +259,11 @@ class Method:
             if any(t.name == track.name for t in self.tracks):
                 raise MethodError(f"{self.name} already has a track {track.name!r}")
             place = len(made.tracks) if before is None else made.tracks.index(made.track(before))
-            made = replace(made, tracks=(*made.tracks[:place], track, *made.tracks[place:]))._noted("then", f"track {track.name}", track.trains)
+            made = replace(made, tracks=(*made.tracks[:place], track, *made.tracks[place:]))
+            made = made._noted("then", f"track {track.name}", track.trains)
         for name, value in fields.items():
-            if name not in ("rows", "passes", "name", "phases"):
-                raise MethodError(f"a method has no field {name!r} to change. Known: rows, passes, copies, track, phases")
+            if name not in FIELDS[:4]:
+                raise MethodError(f"a method has no field {name!r} to change. {nearest(name, FIELDS)}")
             if name in ("rows", "passes") and getattr(made, name) != value:
                 if not (isinstance(value, int) and value >= 1) and (name, value) != ("rows", None):
                     raise MethodError(f"{name}={value!r} must be a whole number of at least 1")

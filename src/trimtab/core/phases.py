@@ -89,5 +89,6 @@ def phased(name: str, phases: Sequence[Phase]) -> Method:
     for phase in phases:
         for counter in phase.until:
             if counter not in COUNTERS:
-                raise MethodError(f"phase {phase.name!r}: until={counter!r} is not counted. {nearest(counter, COUNTERS)}")
+                known = nearest(counter, COUNTERS)
+                raise MethodError(f"phase {phase.name!r}: until={counter!r} is not counted. {known}")
     return Method(name, phases=tuple(phases))

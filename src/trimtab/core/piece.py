@@ -183,9 +183,10 @@ def piece(
     reads, writes: columns. wants: what `evaluate` of the track's model must return. uses: other models, by name,
     or `options -> names`.
     state: `{key: make(kit, options)}`, built when a run begins; pieces of one track that declare one key share it.
-    validate: `options -> sentence` when they contradict each other. idle: `batch -> bool [N]`, rows for which a loss and
-    its gradient are exactly zero, so that the forward pass may skip them. one_gradient: an update that asks for one
-    gradient, at the current parameters, and nothing else. reserved: defaults of the options that the core reads (`per`, `rows`, `unit` of a loss).
+    validate: `options -> sentence` when they contradict each other.
+    idle: `batch -> bool [N]`, rows for which a loss and its gradient are exactly zero; the forward pass skips them.
+    one_gradient: an update that asks for one gradient, at the current parameters, and nothing else.
+    reserved: defaults of the options that the core reads (`per`, `rows`, `unit` of a loss).
     """
     if stage not in (*STAGES, "part"):
         raise MethodError(f"{stage!r} is not a stage. {nearest(stage, (*STAGES, 'part'))}")

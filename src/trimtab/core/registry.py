@@ -188,7 +188,8 @@ def _call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, TypeError):
             raise MethodError(f"options in {expression!r} must be plain values: numbers, 'text', True, None") from None
         if node.args or len(options) < len(node.keywords):  # a starred dict has no name
-            raise MethodError(f"options in {expression!r} must be named, each once: {ast.unparse(node.func)}(option=value)")
+            name = ast.unparse(node.func)
+            raise MethodError(f"options in {expression!r} must be named, each once: {name}(option=value)")
         node = node.func
     if isinstance(node, ast.Name):
         return node.id, options

@@ -72,7 +72,8 @@ def pessimistic(batch: Batch, now: Now, advantage: Tensor, ratio: Tensor, bound:
     """`-min(r A, clip(r, low, high) A)` (PPO, eq. 7); without a bound, `-r A`."""
     if bound is None:
         return -ratio * advantage
-    return -torch.minimum(ratio * advantage, torch.clamp(ratio, bound.low, bound.high) * advantage)  # type: ignore[call-overload]
+    low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
+    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
 # -- the surrogate -----------------------------------------------------------------------------------------------

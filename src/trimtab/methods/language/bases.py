@@ -92,7 +92,7 @@ def grpo(
     rows: int | None = None,
     passes: int = 1,
 ) -> Method:
-    """Edits to reinforce: credit divided by the group's std; a clipped ratio to the old policy; optional KL to the start.
+    """Edits to reinforce: credit over the group's std; a clipped ratio to the old policy; optional KL to the start.
 
     `loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl k(pi, ref)`, `A_i = (R_i - mean_g) / (s_g + eps)`.
     per: "token" (TRL's and verl's default) or "row" (the paper: mean of the rows' token means). ddof: 1 in both
