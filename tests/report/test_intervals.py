@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trimtab.report.intervals import IntervalError, bootstrap_mean, mean_interval, wilson
+from trimtab.report.intervals import IntervalError, bootstrap_mean, mean_interval, sign_test, wilson
 
 
 def test_wilson_is_the_set_of_proportions_a_score_test_keeps():
@@ -71,3 +71,13 @@ def test_bootstrap_of_little():
 def test_mean_interval_chooses():
     assert mean_interval([1, 1, 0, 1])[1:] == wilson(3, 4)
     assert mean_interval([1, 1, 0.5, 1]) == bootstrap_mean([1, 1, 0.5, 1])
+
+
+def test_sign_test_by_hand() -> None:
+    assert sign_test(0, 0) == 1
+    assert sign_test(9, 0) == pytest.approx(2 / 2**9)
+    assert sign_test(0, 9) == sign_test(9, 0)
+    assert sign_test(3, 1) == pytest.approx(2 * (1 + 4) / 16)
+    assert sign_test(4, 4) == 1
+    with pytest.raises(IntervalError, match="negative"):
+        sign_test(-1, 0)

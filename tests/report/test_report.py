@@ -310,3 +310,14 @@ def test_the_mean_curve_ends_with_the_shortest_seed():
 def test_config_is_standard_json(tmp_path):
     fill(tmp_path, config={"lr": math.inf})
     assert json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)["not_finite"] == {"lr": "inf"}
+
+
+def test_the_headline_pairs_the_same_problems() -> None:
+    before = {"turn": 0, "mean": 0.6, "low": 0.3, "high": 0.8, "n": 10, "right": [1] * 6 + [0] * 4}
+    more = {**before, "turn": 5, "mean": 1.0, "high": 1.0, "right": [1] * 10}
+    story = tell({}, [], [before, more])
+    assert "4 turned right and 0 turned wrong" in story.remark
+    assert "too few" in story.remark, "4 of 4 gives p = 0.12"
+    many = {"turn": 0, "mean": 0.5, "low": 0.4, "high": 0.7, "n": 20, "right": [1] * 10 + [0] * 10}
+    after = {**many, "turn": 5, "mean": 0.9, "high": 0.97, "low": 0.6, "right": [1] * 18 + [0] * 2}
+    assert " rose from " in tell({}, [], [many, after]).headline, "overlapping intervals, but 8 gained and none lost"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -74,6 +75,20 @@ def bootstrap_mean(
         means[start:stop] = x[rng.integers(0, len(x), (stop - start, len(x)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return mean, float(low), float(high)
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided p-value of the exact sign test on paired outcomes: problems that turned right against turned wrong.
+
+        p = min(1, 2 sum_{k <= min(gained, lost)} C(n, k) / 2^n),  n = gained + lost
+
+    Problems that stayed right or wrong say nothing about the change. gained, lost: >= 0; with neither, p = 1.
+    Source: Q. McNemar, Psychometrika 12 (1947), in its exact form.
+    """
+    if gained < 0 or lost < 0:
+        raise IntervalError(f"gained={gained} and lost={lost} are counts of problems; neither can be negative")
+    n, few = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(comb(n, k) for k in range(few + 1)) / 2**n)
 
 
 def mean_interval(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from trimtab.report.intervals import sign_test
 from trimtab.report.keys import look_up
 from trimtab.report.words import count, duration, interval, is_number, number, percent
 
@@ -22,6 +23,7 @@ class Point:
     high: float | None
     n: int | None
     turn: float | None
+    right: tuple[int, ...] = ()  # which problems were answered right, where that was recorded
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def _point(record: Record) -> Point | None:
     if not is_number(record.get("mean")):
         return None
     low, high, n, turn = (record.get(k) if is_number(record.get(k)) else None for k in ("low", "high", "n", "turn"))
-    return Point(float(record["mean"]), low, high, None if n is None else int(n), turn)
+    right = record.get("right")
+    known = tuple(right) if isinstance(right, list) and all(r in (0, 1) for r in right) else ()
+    return Point(float(record["mean"]), low, high, None if n is None else int(n), turn, known)
 
 
 def _measure(points: Sequence[Point], evaluations: Sequence[Record], share: bool) -> str:
@@ -118,6 +122,8 @@ def _measure(points: Sequence[Point], evaluations: Sequence[Record], share: bool
 
 
 def _verb(before: Point, after: Point) -> tuple[str, str]:
+    if before.right and len(before.right) == len(after.right):
+        return _paired(before.right, after.right)
     if None in (before.low, before.high, after.low, after.high):
         return "went", ""
     if after.low > before.high:  # type: ignore[operator]
@@ -125,6 +131,17 @@ def _verb(before: Point, after: Point) -> tuple[str, str]:
     if after.high < before.low:  # type: ignore[operator]
         return "fell", ""
     return "went", "The intervals overlap: these problems are too few to tell a change from chance."
+
+
+def _paired(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, str]:
+    """The same problems before and after: what counts are those that changed."""
+    gained = sum(a > b for b, a in zip(before, after))
+    lost = sum(a < b for b, a in zip(before, after))
+    p = sign_test(gained, lost)
+    said = f"Of the same problems {gained} turned right and {lost} turned wrong (exact sign test, p = {p:.2g})."
+    if p < 0.05:
+        return ("rose" if gained > lost else "fell"), said
+    return "went", f"{said} These problems are too few to tell a change from chance."
 
 
 def _say(point: Point, share: bool) -> str:
