@@ -362,7 +362,8 @@ def test_update_scope_parts_are_solved_anew_for_each_update() -> None:
     assert SEEN == [2] * 12
 
 
-def test_update_scope_parts_of_a_credit_piece_are_solved_anew_too() -> None:
+@pytest.mark.parametrize("scoped", [False, True])
+def test_update_scope_parts_of_a_credit_piece_are_solved_anew_too(scoped: bool) -> None:
     """They must not be remembered from the update before, nor refused because a loss was prepared."""
     seen: list[Tensor] = []
 
@@ -375,7 +376,7 @@ def test_update_scope_parts_of_a_credit_piece_are_solved_anew_too() -> None:
         seen.append(baseline(batch) - batch.b.mean())
         return batch.put(advantage=batch.b[:, :1])
 
-    m = method(centred(middle=centre()), update=sgd(lr=1e-5))
+    m = method(centred(middle=centre()) if scoped else bowl(), update=sgd(lr=1e-5))
     m = Method("m", pieces=(*m.pieces, against(baseline=mean_b())), tracks=m.tracks, rows=2, passes=2)
     list(run(m, None, {"policy": Quadratic()}, until=2))
     assert len(seen) == 12
