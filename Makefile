@@ -4,8 +4,8 @@ PY     := $(VENV)/bin/python
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 ENV    := 'reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)'
-# Short answers, eight rollouts of 32 problems a turn; problems whose last group was all right come up less often.
-RECIPE := --steps 60 --set collect.new_tokens=8 --set collect.revisit=0.25
+# Short answers, 16 rollouts of 32 problems a turn; problems whose last group was all right come up less often.
+RECIPE := --steps 60 --set collect.group=16 --set collect.new_tokens=8 --set collect.revisit=0.25
 OUT    ?= runs/main-job
 SEED   ?= 0
 
@@ -36,8 +36,8 @@ test: setup
 	$(PY) -m pytest
 
 lint: setup
-	$(VENV)/bin/ruff check src tests
-	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks
 	$(VENV)/bin/mypy
 
 format: setup

@@ -56,7 +56,8 @@ def main() -> None:
             now = time.perf_counter()
             times.append((now - started) * 1e4)
             started = now
-    print(f"{statistics.median(times):.0f} us a turn (median of {len(times)} blocks; {min(times):.0f} to {max(times):.0f})")
+    spread = f"{min(times):.0f} to {max(times):.0f}"
+    print(f"{statistics.median(times):.0f} us a turn (median of {len(times)} blocks; {spread})")
 
 
 if __name__ == "__main__":

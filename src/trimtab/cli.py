@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(command())
     except TrimtabError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
+        print("\n".join([f"trimtab: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

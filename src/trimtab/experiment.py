@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import signal
@@ -23,6 +22,7 @@ from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
 from trimtab.evaluation import Evaluation, evaluate
+from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
 from trimtab.report.live import LiveView
@@ -82,15 +82,7 @@ class Experiment:
 
 def settle(request: Request) -> Request:
     """The request with its number of threads decided: all idle cores for a real model, one for the small ones."""
-    if request.threads:
-        return request
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = int(os.environ.get("TRIMTAB_THREADS", 0))
-    if not chosen:
-        # Two threads beside another busy process are ten times slower than one.
-        idle = max(1, cores - round(os.getloadavg()[0]))
-        chosen = 1 if request.policy in SMALL else idle
-    return replace(request, threads=chosen)
+    return request if request.threads else replace(request, threads=threads_for(request.policy in SMALL))
 
 
 def configured(request: Request) -> Method:
@@ -204,7 +196,7 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     made = build(settle(request))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     folder = RunFolder(request.out).create(config(made))
-    return _go(made, state, folder, Tally(), mode)
+    return _guarded(made, state, folder, Tally(), mode)
 
 
 def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) -> dict[str, Any]:
@@ -224,7 +216,7 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     if seen:
         tally.before = {k: seen[0][k] for k in ("mean", "low", "high", "n")}
         tally.after = {k: seen[-1][k] for k in ("mean", "low", "high", "n")}
-    return _go(made, state, folder, tally, mode, notes=differences)
+    return _guarded(made, state, folder, tally, mode, notes=differences)
 
 
 def request_of(folder: RunFolder) -> Request:
@@ -234,6 +226,20 @@ def request_of(folder: RunFolder) -> Request:
         return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
     except TypeError as e:
         raise TrimtabError(f"{folder.path}/config.json was written by another version of trimtab: {e}") from None
+
+
+def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, **more: Any) -> dict[str, Any]:
+    """Run; a refusal in the middle leaves a report, and says where the run stands and how to go on."""
+    try:
+        return _go(made, state, folder, tally, mode, **more)
+    except TrimtabError as error:
+        saved = checkpoints(folder.checkpoints)
+        where = f"its newest checkpoint is {saved[-1].name}" if saved else "it has no checkpoint yet"
+        error.add_note(f"The run is in {folder.path} and {where}; go on with: trimtab resume {folder.path}")
+        _report(folder)
+        raise
+    finally:
+        made.environment.close()
 
 
 def _go(
@@ -267,10 +273,14 @@ def _go(
     return _finish(folder, tally, state)
 
 
-def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
+def _report(folder: RunFolder) -> Path:
     from trimtab.report.html import write_report
 
-    report = write_report(folder.path)
+    return write_report(folder.path)
+
+
+def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
+    report = _report(folder)
     return {
         "run": str(folder.path),
         "seconds": round(tally.seconds, 3),

@@ -209,3 +209,16 @@ def test_batch_words_reach_the_method() -> None:
     assert literal("None") is None
     with pytest.raises(MethodError, match="schedule"):
         literal("linear(1)")
+
+
+def test_a_run_that_cannot_go_on_leaves_a_report_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_reward.py").write_text("def grade(problem, text):\n    raise ValueError('no grader today')\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--steps", "3", "--out", "a", "--reward", "broken_reward:grade", *[f"--set={s}" for s in SMALL]]
+    code, _, err = say(capsys, "train", "grpo", "--policy", "nano", "--env", ENV, *words)
+    assert code == 1
+    assert "no grader today" in err
+    assert "trimtab resume a" in err
+    assert RunFolder("a").report.exists()

@@ -7,7 +7,8 @@ from typing import Any
 
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.method import Method, Track
-from trimtab.core.piece import Piece
+from trimtab.core.piece import RESERVED, Piece
+from trimtab.core.terms import PERS, SOURCES, UNITS, fixed
 
 # Columns that every collect provides or that the core supplies.
 _ALWAYS = frozenset({"mask", "keep", "source"})
@@ -87,7 +88,12 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
             for p in (q for q in track.all() if q.stage == stage):
                 _reads(method, p, seen)
                 seen |= p.union("writes")
+    for track in method.tracks:
+        cut = sorted({p.core.options["unit"] for p in track.of("loss")} - {"row"})
+        if len(cut) > 1:
+            raise MethodError(f"track {track.name!r} has losses of units {cut}; micro-batches can keep one of them whole")
     for _, p in pieces_of(method):
+        _reserved(method, p)
         for name in p.uses(p.options) if callable(p.uses) else p.uses:
             if name not in known:
                 raise MethodError(f"{p.name} of {method.name} uses the model {name!r}. {nearest(name, known)}")
@@ -100,6 +106,20 @@ def _read_in_order(method: Method, collect: Piece) -> set[str]:
             _reads(method, p, columns)
             columns |= p.union("writes")
     return columns
+
+
+def _reserved(method: Method, p: Piece) -> None:
+    """The options that the core reads have known values."""
+    if p.inner is not None or p.stage not in RESERVED:
+        return
+    rows, per, unit = p.options["rows"], p.options.get("per", "token"), p.options.get("unit", "row")
+    for name in () if rows is None else (rows,) if isinstance(rows, str) else rows:
+        if name not in SOURCES:
+            raise MethodError(f"{p.name} of {method.name} has rows={name!r}. {nearest(str(name), SOURCES)}")
+    if per not in PERS[:-1] and not isinstance(per, fixed):
+        raise MethodError(f"{p.name} of {method.name} has per={per!r}. {nearest(str(per), PERS)}")
+    if unit not in UNITS:
+        raise MethodError(f"{p.name} of {method.name} has unit={unit!r}. {nearest(str(unit), UNITS)}")
 
 
 def _reads(method: Method, p: Piece, columns: set[str]) -> None:

@@ -94,7 +94,14 @@ class Kit:
         if key not in self._once:
             if not self.preparing:
                 raise MethodError(f"{piece.name} is an update-scope part, but its loss was not prepared on all rows")
-            self._once[key] = compute()
+            made = compute()
+            wide = [v for v in (made if isinstance(made, tuple) else (made,)) if isinstance(v, Tensor) and v.dim() > 0]
+            if wide:
+                raise MethodError(
+                    f"{piece.name} is an update-scope part and gave a tensor of shape {list(wide[0].shape)}; it is computed "
+                    f"once for all rows, so it gives numbers. Values per row belong into a column, by an annotate piece."
+                )
+            self._once[key] = made
         return self._once[key]
 
     def actor(self, name: str = "policy") -> Any:

@@ -87,6 +87,8 @@ def run(
             raise MethodError(f"until={name!r} is not counted. {nearest(name, COUNTERS)}")
     named = {"policy": models} if isinstance(models, nn.Module) else models
     state = state if state is not None else begin(method, environment, named, seed=seed)
+    if state.fingerprint != method.fingerprint():
+        raise MethodError(f"this state is of {state.method} ({state.fingerprint}), not of {method.name}; begin a new one")
     state.clock.budget = budget
     while not state.clock.reached(budget):
         kit = Kit(state, enter(state, method), memory, debug)

@@ -19,6 +19,7 @@ from trimtab.core.errors import MethodError, nearest
 
 SOURCES = ("policy", "expert", "replay", "synthetic", "teacher")
 PERS = ("token", "row", "row_sum", "group", "episode", "pair", "fixed(L)")
+UNITS = ("row", "group", "episode", "pair")
 
 
 @dataclass(frozen=True)

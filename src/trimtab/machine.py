@@ -1,0 +1,41 @@
+"""What this machine can give a run: its cores, and how many of them are idle right now."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_STAT = Path("/proc/stat")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy(seconds: float = 0.3) -> float:
+    """How many cores other work keeps busy, measured over `seconds`; the one-minute load where there is no /proc."""
+    if not _STAT.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    start = _ticks()
+    time.sleep(seconds)
+    used, total = (b - a for a, b in zip(start, _ticks()))
+    return (os.cpu_count() or 1) * used / max(total, 1)
+
+
+def _ticks() -> tuple[int, int]:
+    """(busy, all) clock ticks of all cores since boot."""
+    numbers = [int(n) for n in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
+
+
+def threads_for(small: bool) -> int:
+    """Threads for a run: $TRIMTAB_THREADS, else 1 for a small model and the idle cores for a real one.
+
+    Two threads beside another busy process are ten times slower than one, so a busy core is not counted on.
+    """
+    asked = os.environ.get("TRIMTAB_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return 1 if small else max(1, cores() - round(busy()))
