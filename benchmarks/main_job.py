@@ -213,7 +213,7 @@ def publish(out: Path, runs: list[RunFolder], results: dict[str, Any]) -> None:
                 "greedy": [curve(f, "held-out", "seconds") for f in runs],
                 "sampled, temperature 1": [curve(f.evaluations(), "sampled", "seconds") for f in runs],
             },
-            title="A 135M language model learns sums on two CPU cores (GRPO, 3 seeds)",
+            title="SmolLM2-135M learns sums on two CPU cores",
             x_label="seconds of training",
             y_label="accuracy on 50 held-out problems",
             share=True,

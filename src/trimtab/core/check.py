@@ -91,7 +91,7 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
     for track in method.tracks:
         cut = sorted({p.core.options["unit"] for p in track.of("loss")} - {"row"})
         if len(cut) > 1:
-            raise MethodError(f"track {track.name!r} has losses of units {cut}; micro-batches can keep one of them whole")
+            raise MethodError(f"track {track.name!r} has losses of units {cut}; a micro-batch keeps only one whole")
     for _, p in pieces_of(method):
         _reserved(method, p)
         for name in p.uses(p.options) if callable(p.uses) else p.uses:

@@ -95,12 +95,12 @@ class Kit:
             if not self.preparing:
                 raise MethodError(f"{piece.name} is an update-scope part, but its loss was not prepared on all rows")
             made = compute()
-            wide = [v for v in (made if isinstance(made, tuple) else (made,)) if isinstance(v, Tensor) and v.dim() > 0]
-            if wide:
-                raise MethodError(
-                    f"{piece.name} is an update-scope part and gave a tensor of shape {list(wide[0].shape)}; it is computed "
-                    f"once for all rows, so it gives numbers. Values per row belong into a column, by an annotate piece."
-                )
+            for value in made if isinstance(made, tuple) else (made,):
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    raise MethodError(
+                        f"{piece.name} is an update-scope part and gave a tensor of shape {list(value.shape)}; computed "
+                        f"once for all rows, it gives numbers. Values per row belong into a column, by an annotate."
+                    )
             self._once[key] = made
         return self._once[key]
 

@@ -88,7 +88,7 @@ def run(
     named = {"policy": models} if isinstance(models, nn.Module) else models
     state = state if state is not None else begin(method, environment, named, seed=seed)
     if state.fingerprint != method.fingerprint():
-        raise MethodError(f"this state is of {state.method} ({state.fingerprint}), not of {method.name}; begin a new one")
+        raise MethodError(f"this state is of {state.method} ({state.fingerprint}), not of {method.name}; begin anew")
     state.clock.budget = budget
     while not state.clock.reached(budget):
         kit = Kit(state, enter(state, method), memory, debug)
