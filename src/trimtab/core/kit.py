@@ -98,8 +98,8 @@ class Kit:
             for value in made if isinstance(made, tuple) else (made,):
                 if isinstance(value, Tensor) and value.dim() > 0:
                     raise MethodError(
-                        f"{piece.name} is an update-scope part and gave a tensor of shape {list(value.shape)}; computed "
-                        f"once for all rows, it gives numbers. Values per row belong into a column, by an annotate."
+                        f"{piece.name} is an update-scope part and gave a tensor of shape {list(value.shape)}; it is "
+                        f"computed once for all rows and gives numbers. Values per row belong into a column."
                     )
             self._once[key] = made
         return self._once[key]
