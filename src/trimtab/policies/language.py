@@ -290,7 +290,7 @@ class LanguagePolicy(nn.Module):
         parameters = list(self.model.parameters())
         return {
             "name": self.name,
-            "source": self.source,
+            "source": self.source.replace(str(Path.home()), "~", 1),
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "dtype": str(self.wide).removeprefix("torch."),
