@@ -576,3 +576,8 @@ def test_a_piece_that_uses_an_unknown_model_is_refused() -> None:
 def test_group_normalised_and_balanced_are_values() -> None:
     assert group_normalised(ddof=0) == group_normalised("group", 0)
     assert balanced() == balanced()
+
+
+def test_adding_definitions_is_applying_them() -> None:
+    assert (d3s + (bapo + grpo)).name == "d3s+bapo"
+    assert (d3s + bapo).flatten() == d3s(bapo()).flatten()

@@ -100,8 +100,9 @@ class Definition:
         with authored_by(self.name, self.lineage):
             return self.fn(**options) if base is None else self.fn(base, **options)
 
-    def __add__(self, other: Definition) -> Method:
-        return self(other())
+    def __add__(self, other: Definition | Method) -> Method:
+        """`a + b` is `a(b())`; three are written `a + (b + c)`, or `parse("a+b+c")`."""
+        return self(other() if isinstance(other, Definition) else other)
 
 
 def _below(head: str, paths: list[str]) -> list[str]:
