@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.core.copies import Copy
 from trimtab.core.errors import MethodError, nearest
-from trimtab.core.piece import SINGLE, STAGES, Piece
+from trimtab.core.piece import SINGLE, Piece, in_order
 
 FIELDS = ("rows", "passes", "name", "phases", "copies", "track")  # what `but` changes
 YOU = "you"  # who made an edit that no method made
@@ -352,11 +352,6 @@ class OnTrack:
 
     def then(self, *pieces: Piece) -> Method:
         return self.method.then(*pieces, track=self.track)
-
-
-def in_order(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """Stage by stage; within a stage as written."""
-    return sorted(pieces, key=lambda p: STAGES.index(p.stage))
 
 
 def _names(p: Piece) -> set[str]:

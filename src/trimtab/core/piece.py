@@ -161,6 +161,29 @@ class Piece:
         return self.fn(kit, *args, **options) if self.takes_kit else self.fn(*args, **options)
 
 
+def in_order(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """Stage by stage; within a stage as written."""
+    return sorted(pieces, key=lambda p: STAGES.index(p.stage))
+
+
+def bound(name: str, defaults: Mapping[str, Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option with its value, in order; MethodError for one that is unknown, given twice, or missing."""
+    given = dict(zip(defaults, args))
+    twice = sorted(given.keys() & options.keys())
+    if twice:
+        raise MethodError(f"{name} got its option {twice[0]!r} twice")
+    given |= options
+    unknown = [n for n in given if n not in defaults]
+    if unknown or len(args) > len(defaults):
+        what = unknown[0] if unknown else str(args[len(defaults)])
+        raise MethodError(f"{name} has no option {what!r}. {nearest(what, defaults)}")
+    values = {n: given.get(n, default) for n, default in defaults.items()}
+    missing = [n for n, v in values.items() if v is inspect.Parameter.empty and n != "inner"]
+    if missing:
+        raise MethodError(f"{name} needs a value for its option {missing[0]!r}")
+    return values
+
+
 def piece(
     stage: str,
     *,
@@ -215,20 +238,7 @@ def piece(
 
         @wraps(fn)
         def make(*args: Any, **options: Any) -> Piece:
-            given = dict(zip(defaults, args))
-            twice = sorted(given.keys() & options.keys())
-            if twice:
-                raise MethodError(f"{fn.__name__} got its option {twice[0]!r} twice")
-            given |= options
-            unknown = [n for n in given if n not in defaults]
-            if unknown or len(args) > len(defaults):
-                what = unknown[0] if unknown else str(args[len(defaults)])
-                raise MethodError(f"{fn.__name__} has no option {what!r}. {nearest(what, defaults)}")
-            values = {n: given.get(n, default) for n, default in defaults.items()}
-            missing = [n for n, v in values.items() if v is inspect.Parameter.empty and n != "inner"]
-            if missing:
-                raise MethodError(f"{fn.__name__} needs a value for its option {missing[0]!r}")
-            return replace(prototype, options=values).checked()
+            return replace(prototype, options=bound(fn.__name__, defaults, args, options)).checked()
 
         return make
 

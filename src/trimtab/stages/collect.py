@@ -98,12 +98,29 @@ def rollouts(
     kit.log("failures", (~good).double().sum())
     if not bool(good.any()):
         raise EnvironmentFailure(f"every reward of this batch failed, for example: {scores[0]}")
-    n = len(asked)
-    prompt, prompt_mask = left_padded([ids for ids in encoded for _ in range(group)])
-    last = torch.arange(made.mask.shape[1]) == made.mask.sum(1, keepdim=True) - 1
     score = torch.tensor([s if isinstance(s, float) else float("nan") for s in scores], dtype=made.logp.dtype)
+    if revisit < 1:
+        best = score.view(prompts, group).amin(1) >= 1  # nan, a failed reward, is not right
+        kit.state["solved"] = kit.state["solved"] | {p.key: right for p, right in zip(problems, best.tolist())}
     ids = kit.state["ids"]
-    batch = Batch(
+    kit.state["ids"] = {"group": ids["group"] + prompts, "episode": ids["episode"] + len(asked)}
+    batch = policy_rows([e for e in encoded for _ in range(group)], made, score, temperature).put(
+        group=ids["group"] + torch.arange(prompts).repeat_interleave(group),
+        episode=ids["episode"] + torch.arange(len(asked)),
+        question=[p.question for p in asked],
+        response=texts,
+    )
+    batch = batch if bool(good.all()) else batch.take(good)
+    _log(kit, batch)
+    return batch.to(policy.device)
+
+
+def policy_rows(encoded: Sequence[Sequence[int]], made: Any, score: Tensor, temperature: float) -> Batch:
+    """Sampled responses to encoded prompts as rows; the score `[N]` is the reward of the last decision."""
+    n = len(encoded)
+    prompt, prompt_mask = left_padded(encoded)
+    last = torch.arange(made.mask.shape[1]) == made.mask.sum(1, keepdim=True) - 1
+    return Batch(
         {
             "prompt": prompt,
             "prompt_mask": prompt_mask,
@@ -114,21 +131,11 @@ def rollouts(
             "truncated": ~made.finished,
             "logp_behavior": made.logp,
             "temperature": torch.full((n,), temperature if temperature > 0 else 1.0, dtype=made.logp.dtype),
-            "group": ids["group"] + torch.arange(prompts).repeat_interleave(group),
-            "episode": ids["episode"] + torch.arange(n),
             "turn": torch.zeros(n, dtype=torch.long),
             "source": torch.full((n,), SOURCES.index("policy")),
             "age": torch.zeros(n, dtype=torch.long),
-            "question": [p.question for p in asked],
-            "response": texts,
         }
     )
-    kit.state["ids"] = {"group": ids["group"] + prompts, "episode": ids["episode"] + n}
-    best = score.view(prompts, group).amin(1) >= 1  # nan, a failed reward, is not right
-    kit.state["solved"] = kit.state["solved"] | {p.key: right for p, right in zip(problems, best.tolist())}
-    batch = batch if bool(good.all()) else batch.take(good)
-    _log(kit, batch)
-    return batch.to(policy.device)
 
 
 def _log(kit: Kit, batch: Batch) -> None:
