@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tests.laws.checks import digest
 from tests.spikes.bapo import toy_grpo
 from tests.spikes.chord import chord
-from tests.spikes.tokens import case
+from tests.spikes.tokens import case, token_rollouts
 from trimtab.core.batch import Batch
 from trimtab.core.errors import ColumnError, MethodError, PurityError
 from trimtab.core.kit import Kit
 from trimtab.core.loop import begin, run
 from trimtab.core.method import Method, Track
 from trimtab.core.piece import piece
+from trimtab.core.registry import find
 from trimtab.core.state import State
 from trimtab.core.terms import Term
 from trimtab.stages.annotate import logp_old
@@ -388,3 +389,19 @@ def test_logp_old_is_that_of_the_start_of_the_batch() -> None:
     models["policy"].load_state_dict(before)
     policy: Any = models["policy"]
     assert torch.equal(batch.logp_old, policy.evaluate(batch, {"logp"})["logp"])
+
+
+def test_a_collect_that_keeps_state_can_say_what_it_decided() -> None:
+    """The clock counts what was decided, not what was replayed; a stateful piece has a kit of its own."""
+
+    @piece("collect", state={"seen": lambda kit, options: 0})
+    def replaying(kit: Kit, *, inner: Any) -> Batch:
+        rows: Batch = inner()
+        kit.state["seen"] += len(rows)
+        kit.decided(7)
+        return rows
+
+    environment, models = case(0)
+    method = find("reinforce")().swap("collect", token_rollouts()).wrap("collect", replaying())
+    steps = [s.state.clock.decisions for s in run(method, environment, models, until=2)]
+    assert steps == [7, 14]

@@ -61,7 +61,7 @@ class Kit:
         self.models: Mapping[str, nn.Module] = state.lookup()
         self.environment: Any = state.environment
         self.clock: Clock = state.clock
-        self.decisions: int | None = None
+        self._decided: list[int] = []  # shared by the kits that `of` hands out, like the logs
         self.single = True
         self.preparing = True
         self.scope = ""
@@ -82,7 +82,11 @@ class Kit:
 
     def decided(self, count: int) -> None:
         """Say how many decisions were made for this batch, when it holds others too (replayed or offline rows)."""
-        self.decisions = count
+        self._decided.append(count)
+
+    def decisions(self, batch: Batch) -> int:
+        """How many decisions this batch cost: as said by its collect pieces, else those of our policy in it."""
+        return sum(self._decided) if self._decided else batch.decisions
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Record a number; several of one turn are averaged. Tensors are read once, at the end of the turn."""

@@ -97,7 +97,7 @@ def run(
         updates(state, kit, batch)
         state.clock.turns += 1
         state.clock.rows += len(batch)
-        state.clock.decisions += batch.decisions if kit.decisions is None else kit.decisions
+        state.clock.decisions += kit.decisions(batch)
         for track in kit.method.tracks:
             kit.scope, kit.model = track.name, track.trains
             for p in track.of("probe"):
