@@ -393,6 +393,7 @@ def test_reinforce_on_fixed_data_converges_to_what_the_behaviour_favours() -> No
         ("rec(eps_high=0.3)+grpo(clip_high=0.28)", "was set"),
         ("rec(mask='none')+bapo", "both swap"),
         ("rec+bnpo", "both swap"),
+        ("rec(mask='sequence_one_side')+gspo", "both swap"),
     ],
 )
 def test_what_is_refused(expression: str, says: str) -> None:
@@ -411,6 +412,7 @@ def test_a_reduction_asked_for_stays() -> None:
 
 def test_a_bound_of_another_paper_stays() -> None:
     assert parse("rec+grpo(clip_high=0.28)").get("surrogate.bound.high") == 0.28
+    assert parse("rec+gspo").get("surrogate.ratio").name == "sequence_ratio"
     method = parse("rec+bapo")
     assert method.get("surrogate.bound").name == "balanced"
     assert method.get("surrogate.shape").name == "one_side"
