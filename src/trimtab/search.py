@@ -51,9 +51,7 @@ def near(text: str, most: int = 3) -> list[str]:
     likeness: dict[str, float] = {}
     for d in methods().values():
         for spelling in (d.name, *d.aliases):
-            likeness[d.name] = max(
-                likeness.get(d.name, 0.0), SequenceMatcher(None, wanted, _squash(spelling)).ratio()
-            )
+            likeness[d.name] = max(likeness.get(d.name, 0.0), SequenceMatcher(None, wanted, _squash(spelling)).ratio())
     good = sorted((name for name, value in likeness.items() if value >= _NEAR), key=lambda name: -likeness[name])
     return good[:most]
 
@@ -61,7 +59,7 @@ def near(text: str, most: int = 3) -> list[str]:
 def _match(d: Definition, text: str, words: list[str]) -> Hit | None:
     places = _places(d)
     whole = _squash(re.sub(r"(?i)^arxiv:|v\d+$", "", text.strip()))
-    score, why = 0, {}
+    score, why = 0, dict[str, None]()  # an ordered set
     for kind, value in places:
         if kind in _EXACT and _squash(value) == whole:
             return Hit(d, _EXACT[kind] + _WHOLE, (f"{kind} {value}",))

@@ -128,7 +128,7 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(run / "config.json", empty)
-    with pytest.raises(ExportError, match="no checkpoint yet.*trimtab resume"):
+    with pytest.raises(ExportError, match=r"no checkpoint yet.*trimtab resume"):
         export(empty)
 
 

@@ -62,7 +62,9 @@ def test_a_killed_and_resumed_run_holds_each_turn_once(tmp_path: Path, monkeypat
     seen = read(tmp_path / "tensorboard")
     assert [step for step, _ in seen["reward"]] == [1, 2, 3, 4]
     assert [step for step, _ in seen["held_out/mean"]] == [0, 2, 4]
-    assert [value for _, value in seen["entropy"]] == pytest.approx([r["entropy"] for r in RunFolder(tmp_path).metrics()])
+    assert [value for _, value in seen["entropy"]] == pytest.approx(
+        [r["entropy"] for r in RunFolder(tmp_path).metrics()]
+    )
 
 
 class Full:

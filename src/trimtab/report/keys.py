@@ -198,8 +198,8 @@ def dead_share(record: Mapping[str, Any]) -> float | None:
 def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tuple[str, str]]]]:
     """Every numeric key but the reward, sorted into panels: `[(panel, [(key, label), ...]), ...]`.
 
-    Known panels come first, in their order, each with that number of every track (`critic/grad_norm`); then one panel for each family of other keys (`seconds/sample` and
-    `seconds/update` share one), in order of first appearance.
+    Known panels come first, in their order, each with that number of every track (`critic/grad_norm`); then one panel
+    for each family of other keys (`seconds/sample` and `seconds/update` share one), in order of first appearance.
     """
     names = list(dict.fromkeys(key for record in records for key in flat(record)))
     rest = [n for n in names if not _matches(_KNOWN["reward"], n) and normal(n) not in REWARD]

@@ -73,7 +73,7 @@ class TensorBoard:
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._turn + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._turn + 1)
 
     def _update(self, logs: Mapping[str, Any], clock: Mapping[str, Any]) -> None:
         self._turn = int(clock["turns"])
