@@ -16,7 +16,7 @@ from trimtab.core.registry import Definition
 
 @dataclass(frozen=True)
 class Option:
-    """read_by: the addresses that its value reaches; empty when it only decides which pieces there are."""
+    """read_by: the addresses that its value reaches; empty where none was found by changing it alone."""
 
     name: str
     default: Any

@@ -118,7 +118,7 @@ def _options(d: Definition) -> str:
 
 def _where(option: Option) -> str:
     found = ", ".join(map(_code, option.read_by))
-    return found if found else "the method itself: it decides which pieces there are"
+    return found if found else "seen only beside other options"
 
 
 def _presets(d: Definition) -> str:

@@ -57,7 +57,7 @@ PANELS: tuple[Panel, ...] = (
         "norm before clipping",
         ((r"grad(ient)?_norm", ""),),
         log=True,
-        hint="This, not the loss, shows that something is learned. Sudden peaks are the thing to look for.",
+        hint="Shows that something is learned. Sudden peaks are the thing to look for.",
     ),
     Panel(
         "Dead groups",

@@ -335,7 +335,11 @@ class LiveView:
         if self._finding:
             body.append(Text(self._finding, style="yellow"))
         return Panel(
-            Group(*body), title=Text(self._title or "trimtab"), title_align="left", border_style="dim", padding=(0, 1)
+            Group(*body),
+            title=Text(self._title or "trimtab", overflow="ellipsis"),
+            title_align="left",
+            border_style="dim",
+            padding=(0, 1),
         )
 
     def _bar(self) -> RenderableType:
