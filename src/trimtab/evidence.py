@@ -34,8 +34,8 @@ class Evidence:
 def evidence(path: Path) -> list[Evidence]:
     """The rows of `NAME.json`, a list of objects (or one object); none where there is no such file.
 
-    Known keys: claim, metric, arms, effect, low, high, detectable, verdict, seeds, seconds. `arms` maps a name to its
-    mean, to the values of its seeds, or to an object with a mean or values.
+    Known keys: claim, part, scope, metric, arms, effect, effect_is, low, high, detectable, verdict, seeds, seconds.
+    `arms` maps a name to its mean, to the values of its seeds, or to an object with a mean or values.
     Raises EvidenceError for a file that is not that.
     """
     if not path.exists():
@@ -54,11 +54,13 @@ def _row(row: Mapping[str, Any]) -> Evidence:
     effect, low, high = (row.get(k) for k in ("effect", "low", "high"))
     ends = f" [{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
     seeds = row.get("seeds")
+    place = ", ".join(filter(None, (_text(row.get(k)) for k in ("part", "scope"))))
+    between = f" ({row['effect_is']})" if row.get("effect_is") else ""
     return Evidence(
-        claim=_text(row.get("claim")),
+        claim=f"({place}) {_text(row.get('claim'))}" if place else _text(row.get("claim")),
         metric=_text(row.get("metric")),
         arms=_arms(row.get("arms")),
-        effect=f"{_text(effect)}{ends}",
+        effect=f"{_text(effect)}{ends}{between}",
         detectable=_text(row.get("detectable")),
         seeds=str(len(seeds)) if isinstance(seeds, list) else _text(seeds),
         seconds=_text(row.get("seconds")),

@@ -73,6 +73,9 @@ def test_evidence_is_shown_with_its_interval(tmp_path: Path) -> None:
         "| a\\|b | held-out | grpo 0.6, reinforce 0.4, x 1 | 0.2 [0.1, 0.3] | 0.15 | 2 | 61.5 | holds |" in text
     )  # the means over seeds
     assert "|  |  |  |  |  | 3 |  | does not hold |" in text
+    (tmp_path / "sft.json").write_text(json.dumps({**RECORD, "part": "b", "scope": "full", "effect_is": "x - y"}))
+    (row,) = evidence(tmp_path / "sft.json")
+    assert (row.claim, row.effect) == ("(b, full) a|b", "0.2 [0.1, 0.3] (x - y)")
     assert "holds, does not hold" in pages.index([find("grpo")], tmp_path)
     assert "none recorded" in pages.index([find("rloo")], tmp_path)
 
