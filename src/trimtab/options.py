@@ -41,7 +41,10 @@ def options(d: Definition) -> list[Option]:
 
 
 def described(doc: str, names: list[str]) -> dict[str, str]:
-    """What a docstring says of each option, written `name: text` or `name, other: text` up to the next one."""
+    """What a docstring says of each option, written `name: text` or `name, other: text`: its first sentence.
+
+    What follows a sentence may be about the method, and a docstring does not tell where that begins.
+    """
     one = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     if not one:
         return {}
@@ -50,7 +53,7 @@ def described(doc: str, names: list[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for match, following in zip(found, [*found[1:], None]):
         text = doc[match.end() : following.start() if following else len(doc)]
-        text = re.split(r"\n\s*\n|\.\n(?!\s*$)", text)[0]  # up to a blank line, or a sentence that ends its line
+        text = re.split(r"\n\s*\n|\.\n|(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Za-z`])", text)[0]
         for name in match.group(1).split(", "):
             out.setdefault(name, " ".join(text.split()).rstrip("."))
     return out

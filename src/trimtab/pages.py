@@ -15,6 +15,7 @@ from trimtab.options import Option, options
 
 MARK = "<!-- Made by `make docs` from the definition of the method; edit that, not this page. -->"
 ENV = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
+PAIRS = "pairs.jsonl"
 TRAINED_BY_CLI = "language"  # the world whose methods `trimtab train` can run
 
 
@@ -156,7 +157,10 @@ def _running(d: Definition) -> str:
     )
     if d.world != TRAINED_BY_CLI:
         return python
-    return f"```bash\ntrimtab train {d.name} --policy smollm2 \\\n  --env '{ENV}'\n```\n\n{python}"
+    pairs = d().get("collect").core.name == "preferences"
+    needs = "`pairs.jsonl` has the fields prompt, chosen and rejected.\n\n" if pairs else ""
+    env = PAIRS if pairs else f"'{ENV}'"
+    return f"```bash\ntrimtab train {d.name} --policy smollm2 \\\n  --env {env}\n```\n\n{needs}{python}"
 
 
 def _pipeline(d: Definition) -> str:
