@@ -194,8 +194,6 @@ def check_surrogate(entry: Entry) -> None:
         if more:
             r = ratio(closure.kit, batch, now) if ratio else None
             weight = weight * more(closure.kit, batch, now, r).detach()
-        if ratio and ratio.options.get("mean") is False:  # of the whole row: its logarithm is a sum over decisions
-            weight = weight.sum(1, keepdim=True) * batch["mask"]
         plain = -(weight * batch["advantage"] * now["logp"]).sum()
         expected = torch.autograd.grad(plain, list(closure.params.values()), allow_unused=True, materialize_grads=True)
         got = list(alone().grads.values())
