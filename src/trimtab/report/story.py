@@ -23,7 +23,7 @@ class Point:
     high: float | None
     n: int | None
     turn: float | None
-    right: tuple[int, ...] = ()  # which problems were answered right, where that was recorded
+    right: tuple[int, ...] = ()  # how many answers to each problem were right, where that was recorded
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _point(record: Record) -> Point | None:
         return None
     low, high, n, turn = (record.get(k) if is_number(record.get(k)) else None for k in ("low", "high", "n", "turn"))
     right = record.get("right")
-    known = tuple(right) if isinstance(right, list) and all(r in (0, 1) for r in right) else ()
+    known = tuple(right) if isinstance(right, list) and all(isinstance(r, int) and r >= 0 for r in right) else ()
     return Point(float(record["mean"]), low, high, None if n is None else int(n), turn, known)
 
 
@@ -138,7 +138,9 @@ def _paired(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, str]:
     gained = sum(a > b for b, a in zip(before, after))
     lost = sum(a < b for b, a in zip(before, after))
     p = sign_test(gained, lost)
-    said = f"Of the same problems {gained} turned right and {lost} turned wrong (exact sign test, p = {p:.2g})."
+    once = max(*before, *after) <= 1
+    up, down = ("turned right", "turned wrong") if once else ("were right more often", "less often")
+    said = f"Of the same problems {gained} {up} and {lost} {down} (exact sign test, p = {p:.2g})."
     if p < 0.05:
         return ("rose" if gained > lost else "fell"), said
     return "went", f"{said} These problems are too few to tell a change from chance."
