@@ -237,7 +237,8 @@ def _outcome(made: dict[str, Any], as_json: bool) -> int:
         if not e:
             return "not measured"
         known = is_number(e["low"]) and is_number(e["high"])  # one problem has no spread
-        return f"{e['mean']:.1%}{f' [{e["low"]:.1%}, {e["high"]:.1%}]' if known else ''} of {e['n']}"
+        ends = f" [{e['low']:.1%}, {e['high']:.1%}]" if known else ""
+        return f"{e['mean']:.1%}{ends} of {e['n']}"
 
     print(f"held-out: {said(before)} before, {said(after)} after, {made['seconds']:.0f} s")
     asked = after.get("pass_at", {})
