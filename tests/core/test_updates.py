@@ -63,7 +63,9 @@ def test_a_clipped_sgd_step_has_the_length_of_the_bound() -> None:
     method = replace(toy_grpo(), explicit=()).swap("update", sgd(lr=1.0)).wrap("update", clipped(0.01))
     environment, models = toy(0)
     next(run(method.but(rows=None, passes=1), environment, models, until=1))
-    moved = math.sqrt(sum(float((p.detach() - start[k]).square().sum()) for k, p in models["policy"].named_parameters()))
+    moved = math.sqrt(
+        sum(float((p.detach() - start[k]).square().sum()) for k, p in models["policy"].named_parameters())
+    )
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
