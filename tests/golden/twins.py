@@ -46,9 +46,9 @@ def group_members(batch: Any, i: int) -> list[int]:
     return [j for j in rows_of(batch) if int(batch.group[j]) == int(batch.group[i])]
 
 
-def credit(batch: Any, kind: str, eps: float = 1e-4) -> dict[int, float]:
+def credit(batch: Any, kind: str, eps: float = 1e-4, r: dict[int, float] | None = None) -> dict[int, float]:
     """kind: "mean", "loo" or "std" (card `_baselines-language`: REINFORCE with baseline, RLOO, GRPO with ddof 1)."""
-    r, made = scores(batch), {}
+    r, made = scores(batch) if r is None else r, {}
     for i in r:
         members = group_members(batch, i)
         n = len(members)
@@ -71,8 +71,8 @@ def descend(table: Tensor, loss_of: Callable[[Tensor], Tensor], passes: int) -> 
     return table
 
 
-def reinforce(batch: Any, start: Tensor, kind: str = "mean") -> Tensor:
-    a = credit(batch, kind)
+def reinforce(batch: Any, start: Tensor, kind: str = "mean", a: dict[int, float] | None = None) -> Tensor:
+    a = credit(batch, kind) if a is None else a
 
     def loss(table: Tensor) -> Tensor:
         total, count = table.new_zeros(()), 0
@@ -107,30 +107,44 @@ def clipped(a: float, r: Tensor, low: float, high: float) -> Tensor:
 def grpo(
     batch: Any, start: Tensor, *, per: str = "token", kl: float = 0.0, bounds: Callable[..., Any] | None = None,
     keep: Callable[..., Any] | None = None, mu: float = 0.0, phi: bool = True,
+    a: dict[int, float] | None = None, clip: tuple[float, float] = (0.8, 1.2), dual: float | None = None,
+    sequence: bool = False, length: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """GRPO; with `bounds` BAPO, with `keep` D3S, with `mu` CHORD."""
-    a = credit(batch, "std")
+    """GRPO; with `bounds` BAPO, with `keep` D3S, with `mu` CHORD, with `a` another credit, with `sequence` GSPO.
+
+    per: "token", "row", "row_sum", or "fixed" with `length` (Dr. GRPO).
+    """
+    a = credit(batch, "std") if a is None else a
     old = {(i, t): float(logp(start, batch, i, t)) for i in rows_of(batch) for t in decisions(batch, i)}
     kept = keep(batch, a, start) if keep else {(i, t) for i, t in old}
 
     def loss(table: Tensor) -> Tensor:
-        low, high = bounds(batch, a, old, kept, table) if bounds else (0.8, 1.2)
+        low, high = bounds(batch, a, old, kept, table) if bounds else clip
         total, count, penalties = table.new_zeros(()), 0, table.new_zeros(())
         row_means = []
         for i in rows_of(batch):
             row, n = table.new_zeros(()), 0
+            drift = [logp(table, batch, i, t) - old[i, t] for t in decisions(batch, i)]
             for t in decisions(batch, i):
                 if (i, t) not in kept:
                     continue
                 now = logp(table, batch, i, t)
                 r = torch.exp(torch.clamp(now - old[i, t], -20, 20))
+                if sequence:
+                    r = torch.exp(sum(drift) / len(drift))  # type: ignore[arg-type]
                 value = clipped(a[i], r, low, high)
+                if dual is not None and a[i] < 0:
+                    value = torch.minimum(value, torch.as_tensor(-dual * a[i]))
                 d = old[i, t] - now  # the reference is the start, where the old policy stands too
                 value = value + kl * (torch.exp(d) - d - 1)
                 row, n = row + value, n + 1
             total, count = total + row, count + n
             row_means.append(row / max(n, 1))
-        made = total / count if per == "token" else sum(row_means) / len(row_means)  # type: ignore[assignment]
+        rows = len(row_means)
+        made = {
+            "token": total / count, "row": sum(row_means) / rows, "row_sum": total / rows,
+            "fixed": total / (rows * (length or 1.0)),
+        }[per]  # fmt: skip
         if mu:
             n = 0
             for i in rows_of(batch, 1):
@@ -145,29 +159,134 @@ def grpo(
     return descend(start, loss, PASSES)
 
 
-def bapo_bounds(batch: Any, a: dict[int, float], old: Any, kept: Any, table: Tensor) -> tuple[float, float]:
-    """BAPO as its card's paper version orders it (fraction metric, high first), without the rollout weighting."""
+def bapo_bounds(
+    batch: Any, a: dict[int, float], old: Any, kept: Any, table: Tensor, *, target: float = 0.4,
+    low: tuple[float, float, float] = (0.6, 0.9, 0.02), high: tuple[float, float, float] = (1.2, 3.0, 0.05),
+    ratio: bool = False, low_first: bool = False, weighted: bool = True,
+) -> tuple[float, float]:  # fmt: skip
+    """BAPO's bounds: by default as its paper has them (fraction, high first, weighted by the rollout probability)."""
 
-    def phi(low: float, high: float) -> float:
+    def phi(at_low: float, at_high: float) -> float:
         positive = negative = 0.0
         for i, t in kept:
             r = float(torch.exp(logp(table.detach(), batch, i, t) - old[i, t]))
+            w = math.exp(float(batch.logp_behavior[i, t])) if weighted else 1.0
             if a[i] >= 0:
-                positive += min(r, high) * a[i]
+                positive += w * min(r, at_high) * a[i]
             else:
-                negative -= max(r, low) * a[i]
-        return positive / (positive + negative) if negative > 0 else math.inf
+                negative -= w * max(r, at_low) * a[i]
+        if negative <= 0:
+            return math.inf
+        return positive / negative if ratio else positive / (positive + negative)
 
-    low, high = 0.6, 1.2
-    while phi(low, high) < 0.4 - 1e-6 and high < 3.0 - 1e-6:
-        high = min(high + 0.05, 3.0)
-    while phi(low, high) < 0.4 - 1e-6 and low < 0.9 - 1e-6:
-        low = min(low + 0.02, 0.9)
-    return low, high
+    at = {"low": low[0], "high": high[0]}
+    for name, most, step in [("low", *low[1:]), ("high", *high[1:])] if low_first else [
+        ("high", *high[1:]), ("low", *low[1:])
+    ]:  # fmt: skip
+        while phi(at["low"], at["high"]) < target - 1e-6 and at[name] < most - 1e-6:
+            at[name] = min(at[name] + step, most)
+    return at["low"], at["high"]
 
 
-def bapo(batch: Any, start: Tensor) -> Tensor:
-    return grpo(batch, start, bounds=bapo_bounds)
+def bapo(batch: Any, start: Tensor, dual: float | None = None, **options: Any) -> Tensor:
+    def bounds(*known: Any) -> tuple[float, float]:
+        return bapo_bounds(*known, **options)
+
+    return grpo(batch, start, bounds=bounds, dual=dual)
+
+
+def bnpo_credit(batch: Any, strength: float = 1 / 3) -> dict[int, float]:
+    """A = (R - p) / BetaPDF(p; 1 + a/3, 1 + b/3), (a, b) by the moments of the prompts' success rates."""
+    r = scores(batch)
+    rate = {int(batch.group[i]): sum(r[j] for j in group_members(batch, i)) / len(group_members(batch, i)) for i in r}
+    p = list(rate.values())
+    mu = sum(p) / len(p)
+    s2 = sum((x - mu) ** 2 for x in p) / (len(p) - 1)
+    alpha = beta = 1.0
+    if s2 > 1e-8:
+        kappa = mu * (1 - mu) / s2 - 1
+        alpha, beta = max(1.0, 1 + strength * kappa * mu), max(1.0, 1 + strength * kappa * (1 - mu))
+    area = math.gamma(alpha) * math.gamma(beta) / math.gamma(alpha + beta)
+    made = {}
+    for i in r:
+        x = rate[int(batch.group[i])]
+        density = x ** (alpha - 1) * (1 - x) ** (beta - 1) / area
+        made[i] = (r[i] - x) * (min(1 / density, 1e6) if density > 0 else 1e6)
+    return made
+
+
+def bnpo(batch: Any, start: Tensor, strength: float = 1 / 3) -> Tensor:
+    return grpo(batch, start, a=bnpo_credit(batch, strength))
+
+
+def dr_grpo(batch: Any, start: Tensor, length: float = 7.0) -> Tensor:
+    return grpo(batch, start, a=credit(batch, "mean"), per="fixed", length=length)
+
+
+def gspo(batch: Any, start: Tensor) -> Tensor:
+    return grpo(batch, start, per="row", clip=(1 - 3e-4, 1 + 4e-4), sequence=True)
+
+
+def dapo(batch: Any, start: Tensor, limit: int = 4, buffer: float = 0.5, penalty: float = 0.5) -> Tensor:
+    """The batch has live groups only; its rewards are the environment's, and the punishment is added here."""
+    r = {}
+    for i, score in scores(batch).items():
+        length = len(decisions(batch, i))
+        r[i] = score + penalty * min(0.0, ((limit - buffer * limit) - length) / (buffer * limit))
+    return grpo(batch, start, a=credit(batch, "std", r=r), clip=(0.8, 1.28))
+
+
+def gpg(batch: Any, start: Tensor, kind: str = "valid") -> Tensor:
+    a, r = credit(batch, "mean"), scores(batch)
+    dead = [i for i in r if all(r[j] == r[i] for j in group_members(batch, i))]
+    factor = {"valid": len(r) / max(1, len(r) - len(dead)),
+              "nonzero": len(r) / max(1, sum(x != 0 for x in r.values()))}[kind]  # fmt: skip
+    return reinforce(batch, start, a={i: factor * x for i, x in a.items()})
+
+
+def rloo_trl(batch: Any, start: Tensor, reference: Tensor, kl: float = 0.05) -> Tensor:
+    """Leave-one-out on rewards less the KL to the reference, and the clipped ratio of whole sequences."""
+    r = {}
+    for i, score in scores(batch).items():
+        r[i] = score
+        for t in decisions(batch, i):
+            r[i] -= kl * float(logp(start, batch, i, t) - logp(reference, batch, i, t))
+    a = credit(batch, "loo", r=r)
+    old = {i: sum(float(logp(start, batch, i, t)) for t in decisions(batch, i)) for i in rows_of(batch)}
+
+    def loss(table: Tensor) -> Tensor:
+        total = table.new_zeros(())
+        for i in rows_of(batch):
+            now = sum(logp(table, batch, i, t) for t in decisions(batch, i))
+            total = total + clipped(a[i], torch.exp(now - old[i]), 0.8, 1.2)  # type: ignore[arg-type]
+        return total / len(rows_of(batch))
+
+    return descend(start, loss, PASSES)
+
+
+def dpo(batch: Any, start: Tensor, beta: float = 0.1, shape: str = "sigmoid", smoothing: float = 0.0) -> Tensor:
+    """One turn from the reference itself."""
+
+    def loss(table: Tensor) -> Tensor:
+        total, pairs = table.new_zeros(()), sorted({int(p) for p in batch.pair})
+        for pair in pairs:
+            h: dict[bool, Any] = {}
+            for i in range(len(batch)):
+                if int(batch.pair[i]) == pair:
+                    places = decisions(batch, i)
+                    drift = sum(logp(table, batch, i, t) - float(logp(start, batch, i, t)) for t in places)
+                    h[bool(batch.preferred[i])] = drift / len(places) if shape == "ipo" else drift
+            d = h[True] - h[False]
+            if shape == "sigmoid":
+                total = total - (1 - smoothing) * torch.log(1 / (1 + torch.exp(-beta * d)))
+                total = total - smoothing * torch.log(1 / (1 + torch.exp(beta * d)))
+            elif shape == "hinge":
+                total = total + torch.clamp(1 - beta * d, min=0)
+            else:
+                total = total + (d - 1 / (2 * beta)) ** 2
+        return total / len(pairs)
+
+    return descend(start, loss, 1)
 
 
 def chord(batch: Any, start: Tensor) -> Tensor:
@@ -189,5 +308,11 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "grpo": grpo,
     "sft": sft,
     "bapo": bapo,
+    "bnpo": bnpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "gpg": gpg,
+    "dpo": dpo,
     "chord": chord,
 }
