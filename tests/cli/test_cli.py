@@ -164,7 +164,9 @@ def test_train_evaluates_as_asked_and_resumes_so(tmp_path: Path, capsys: pytest.
     again = resume(tmp_path / "a", mode="silent", steps=6)
     assert again["eval"]["before"] == made["eval"]["before"]
     assert set(again["eval"]["after"]["pass_at"]) == {"1", "3"}
-    assert "accuracy at temperature 0.7" in folder.report.read_text().lower()
+    report = folder.report.read_text()
+    assert "accuracy at temperature 0.7" in report.lower()
+    assert "Chance that one of k answers is right: pass@1" in report
     _, out, _ = say(capsys, "eval", str(tmp_path / "a"), "--json")
     assert json.loads(out)["eval"] == again["eval"], "what is left out is as in training"
 

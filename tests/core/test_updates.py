@@ -63,9 +63,8 @@ def test_a_clipped_sgd_step_has_the_length_of_the_bound() -> None:
     method = replace(toy_grpo(), explicit=()).swap("update", sgd(lr=1.0)).wrap("update", clipped(0.01))
     environment, models = toy(0)
     next(run(method.but(rows=None, passes=1), environment, models, until=1))
-    moved = math.sqrt(
-        sum(float((p.detach() - start[k]).square().sum()) for k, p in models["policy"].named_parameters())
-    )
+    steps = [p.detach() - start[k] for k, p in models["policy"].named_parameters()]
+    moved = math.sqrt(sum(float(s.square().sum()) for s in steps))
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
@@ -113,7 +112,8 @@ def two_gradients(kit: Kit, closure: Closure) -> tuple[dict[str, Any], bool]:
     shifted = closure({k: v + 0.1 for k, v in closure.params.items()}, create_graph=True)
     assert float(half.norm) <= 1e-3 + 1e-12
     assert float(shifted.norm) <= 1e-3 + 1e-12
-    assert closure.terms() and list(closure.micro())
+    assert closure.terms()
+    assert list(closure.micro())
     return {"half": half.norm}, True
 
 

@@ -50,7 +50,8 @@ def tell(config: Record, history: Sequence[Record], evaluations: Sequence[Record
         where = f"{measure} on {_problems(after.n)}"
         spent = _spent([r for r in evaluations if is_number(r.get("mean"))][-1:])
         text = f"{where} {verb} from {_say(before, share)} to {_say(after, share)} {spent}."
-        return Story(_capital(text), " ".join(filter(None, [doubt, remark])), before, after, share, measure)
+        said = [doubt, _passes(evaluations), remark]
+        return Story(_capital(text), " ".join(filter(None, said)), before, after, share, measure)
     if points:
         text = f"{measure} on {_problems(points[0].n)} was {_say(points[0], share)} before training."
         more = "It has not been evaluated since." if history else "No turn has been recorded yet."
@@ -144,6 +145,18 @@ def _paired(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, str]:
     if p < 0.05:
         return ("rose" if gained > lost else "fell"), said
     return "went", f"{said} These problems are too few to tell a change from chance."
+
+
+def _passes(evaluations: Sequence[Record]) -> str:
+    """pass@k before and after, for every k of both."""
+    found = [r["pass_at"] for r in evaluations if isinstance(r.get("pass_at"), Mapping)]
+    first, last = (found[0], found[-1]) if len(found) > 1 else ({}, {})
+    said = [f"pass@{k} {_passed(first[k])} -> {_passed(last[k])}" for k in last if k in first]
+    return f"Chance that one of k answers is right: {', '.join(said)}." if said else ""
+
+
+def _passed(one: Mapping[str, Any]) -> str:
+    return f"{percent(one['mean'])} {interval(one.get('low'), one.get('high'), True)}".rstrip()
 
 
 def _say(point: Point, share: bool) -> str:
