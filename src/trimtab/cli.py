@@ -59,6 +59,14 @@ class Train:
     """Turns between evaluations on held-out problems."""
     eval_problems: int = 50
     """Held-out problems per evaluation."""
+    eval_env: str | None = None
+    """Another environment to be held out on, with the same reward and prompt (default: the one trained on)."""
+    eval_samples: int = 1
+    """Answers to each held-out problem; more than one needs a temperature above 0."""
+    eval_k: str = ""
+    """For pass@k: 1,4 for example, each at most the number of samples."""
+    eval_temperature: float = 0.0
+    """Of evaluated answers; 0 is greedy."""
     save_every: int = 25
     """Turns between checkpoints; one is always made at the end and on Ctrl-C."""
     keep: int = 2
@@ -104,13 +112,20 @@ class Eval:
     """How many held-out problems (default: as in training)."""
     env: str | None = None
     """Another environment to be held out on."""
+    samples: int | None = None
+    """Answers to each problem; more than one needs a temperature above 0 (default: as in training)."""
+    k: str | None = None
+    """For pass@k: 1,4,8 for example, each at most the number of samples (default: as in training)."""
+    temperature: float | None = None
+    """Of the answers; 0 is greedy (default: as in training)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
     def __call__(self) -> int:
         from trimtab.experiment import evaluate_folder
 
-        return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env), self.json)
+        options = {"samples": self.samples, "k": self.k, "temperature": self.temperature}
+        return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env, **options), self.json)
 
 
 @dataclass(frozen=True)
@@ -258,15 +273,29 @@ Command = (
 
 def _outcome(made: dict[str, Any], as_json: bool) -> int:
     """Say what came of a run: one JSON object, or sentences."""
+    from trimtab.report.records import to_json
+    from trimtab.report.words import is_number
+
     if as_json:
-        print(json.dumps(made))
+        print(to_json(made))
         return 0
     before, after = made["eval"]["before"], made["eval"]["after"]
 
     def said(e: dict[str, Any]) -> str:
-        return f"{e['mean']:.1%} [{e['low']:.1%}, {e['high']:.1%}] of {e['n']}" if e else "not measured"
+        if not e:
+            return "not measured"
+        known = is_number(e["low"]) and is_number(e["high"])  # one problem has no spread
+        ends = f" [{e['low']:.1%}, {e['high']:.1%}]" if known else ""
+        return f"{e['mean']:.1%}{ends} of {e['n']}"
 
     print(f"held-out: {said(before)} before, {said(after)} after, {made['seconds']:.0f} s")
+    asked = after.get("pass_at", {})
+    if asked:
+
+        def cell(e: dict[str, Any], k: str) -> str:
+            return said({**e["pass_at"][k], "n": e["n"]}) if k in e.get("pass_at", {}) else "not measured"
+
+        _table("held-out", ["", "before", "after"], [[f"pass@{k}", cell(before, k), cell(after, k)] for k in asked])
     if not made.get("finished", True):
         print(f"stopped after turn {made['turns']}; go on with: trimtab resume {made['run']}")
     if "report" in made:
