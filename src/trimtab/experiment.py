@@ -34,7 +34,8 @@ SMALL = ("nano", "tiny")
 class Request:
     """What a user asked for; written to `config.json`, and enough to rebuild the run.
 
-    steps: turns of the loop. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
+    steps: turns of the loop. decisions: instead of steps, stop after the first turn that reaches this many decisions of
+    our policy; schedules follow. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
     checkpoints. keep: checkpoints kept. threads: 0 chooses.
     """
@@ -44,6 +45,7 @@ class Request:
     env: str
     out: str
     steps: int = 60
+    decisions: int | None = None
     seed: int = 0
     set: tuple[str, ...] = ()
     lora: int = 0
@@ -59,6 +61,11 @@ class Request:
     save_every: int = 25
     keep: int = 2
     threads: int = 0
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What the run may use, by counter of the clock."""
+        return {"turns": self.steps} if self.decisions is None else {"decisions": self.decisions}
 
 
 @dataclass
@@ -146,7 +153,7 @@ def config(made: Experiment) -> dict[str, Any]:
         "policy": made.policy.describe(),
         "environment": made.environment.describe(),
         "seed": request.seed,
-        "until": {"turns": request.steps},
+        "until": request.budget,
         "request": asdict(request),
         "resolved": {k: show(v).strip("'") for k, v in made.method.flatten().items()},
         "fingerprint": made.method.fingerprint(),
@@ -161,10 +168,17 @@ def config(made: Experiment) -> dict[str, Any]:
 
 def command(request: Request) -> str:
     """The command line that repeats this run."""
-    words = ["trimtab", "train", request.method]
+    return shlex.join(["trimtab", "train", request.method, *options(request)])
+
+
+def options(request: Request) -> list[str]:
+    """The options of a request that are not the usual ones, as words of a command line."""
+    words: list[str] = []
     fresh = Request("", "", "", "")
     for name, value in asdict(request).items():
         flag = "--" + name.replace("_", "-")
+        if name == "steps" and request.decisions is not None:
+            continue
         if name == "method" or value is None or (name not in ("policy", "env") and value == getattr(fresh, name)):
             continue
         if name == "set":
@@ -172,7 +186,7 @@ def command(request: Request) -> str:
                 words += ["--set", pair]
         else:
             words += [flag, str(value)]
-    return shlex.join(words)
+    return words
 
 
 # -- running -----------------------------------------------------------------------------------------------------
@@ -199,14 +213,18 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     return _guarded(made, state, folder, Tally(), mode)
 
 
-def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) -> dict[str, Any]:
+def resume(
+    path: str | Path, *, mode: str = "auto", steps: int | None = None, decisions: int | None = None
+) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run folder, to the same bits an uninterrupted run would have reached.
 
-    steps: another total number of turns. Raises CheckpointError or RunFolderError with the reason when it cannot.
+    steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or RunFolderError with the reason when it cannot.
     """
     folder = RunFolder(path)
     request = request_of(folder)
-    made = build(replace(request, steps=steps or request.steps))
+    if steps is not None or decisions is not None:
+        request = replace(request, steps=steps or request.steps, decisions=decisions)
+    made = build(request)
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
     differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
@@ -246,21 +264,22 @@ def _go(
     made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, notes: list[str] | None = None
 ) -> dict[str, Any]:
     request = made.request
-    view = LiveView(request.steps, "turns", title=f"{made.method.name} on {request.env}", mode=mode)  # type: ignore[arg-type]
+    ((unit, until),) = request.budget.items()
+    view = LiveView(until, unit, title=f"{made.method.name} on {request.env}", mode=mode)  # type: ignore[arg-type]
     with folder, view, interruptible() as interrupted:
         for text in notes or []:
             view.note(text)
         if not tally.before:
-            _record_evaluation(made, folder, view, tally, turn=0, stage="before")
+            _record_evaluation(made, folder, view, tally, state, stage="before")
         models = {"policy": made.policy}
-        loop = run(made.method, made.environment, models, until=request.steps, state=state, memory=request.memory)
+        loop = run(made.method, made.environment, models, until=request.budget, state=state, memory=request.memory)
         started = time.perf_counter()
         for step in loop:
             tally.seconds += time.perf_counter() - started
             _record_turn(made, folder, view, tally, step)
-            last = step.turn >= request.steps
+            last = state.clock.reached(request.budget)
             if last or step.turn % request.eval_every == 0:
-                _record_evaluation(made, folder, view, tally, step.turn, "after" if last else f"turn {step.turn}")
+                _record_evaluation(made, folder, view, tally, state, "after" if last else f"turn {step.turn}")
             if last or interrupted() or step.turn % request.save_every == 0:
                 folder.sync()
                 save(state, folder.checkpoints, keep=request.keep)
@@ -301,10 +320,11 @@ def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, turn: int, stage: str
+    made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, state: State, stage: str
 ) -> None:
-    result = made.evaluate()
-    folder.write_eval({"turn": turn, "seconds": round(tally.seconds, 3), **result.record(), "temperature": 0})
+    result, turn = made.evaluate(), state.clock.turns
+    clock = {"turn": turn, "decisions": state.clock.decisions, "seconds": round(tally.seconds, 3)}
+    folder.write_eval({**clock, **result.record(), "temperature": 0})
     if stage in ("before", "after"):
         folder.write_samples({"turn": turn, "split": "eval", "stage": stage, **t} for t in result.transcripts)
     tally.after = result.summary()
