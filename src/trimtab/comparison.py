@@ -1,7 +1,7 @@
 """Several methods on one task: the same seeds, the same budget in decisions, each run an ordinary run folder.
 
-    OUT/ARM/seedK/    the runs: finished ones are kept, interrupted ones go on, so repeating the command resumes
-    OUT/comparison.json, OUT/report.html, OUT/held-out-{light,dark}.svg    made from them
+OUT/ARM/seedK/    the runs: finished ones are kept, interrupted ones go on, so repeating the command resumes
+OUT/comparison.json, OUT/report.html, OUT/held-out-{light,dark}.svg    made from them
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class Job:
 
     def request(self) -> Request | None:
         """What to run; None while the budget is not known, because the first arm has not finished this seed."""
-        mine = replace(
-            self.plan.request, method=self.arm.expression, out=str(self.folder.path), seed=self.seed, keep=1
-        )
+        mine = replace(self.plan.request, method=self.arm.expression, out=str(self.folder.path), seed=self.seed, keep=1)
         if self == self.first or mine.decisions is not None:
             return mine
         return replace(mine, decisions=self.first.folder.metrics()[-1]["decisions"]) if self.first.finished() else None
@@ -118,13 +116,15 @@ class Job:
         there, mine = asdict(request_of(self.folder)), asdict(request)
         if there["decisions"] is not None and mine["decisions"] is not None:
             there["steps"] = mine["steps"]  # not read
-        odd = [f"{k} is {there[k]!r} there and {mine[k]!r} here" for k in mine if k not in _FREE and there[k] != mine[k]]
+        odd = [
+            f"{k} is {there[k]!r} there and {mine[k]!r} here" for k in mine if k not in _FREE and there[k] != mine[k]
+        ]
         if self.folder.config().get("fingerprint") != self.arm.method.fingerprint():
             odd = odd or ["the method has been redefined since"]
         if odd:
             raise ComparisonError(
-                f"{self.folder.path} holds another run: {'; '.join(odd)}. Choose another --out, ask for the same again, "
-                "or remove that folder"
+                f"{self.folder.path} holds another run: {'; '.join(odd)}. Choose another --out, ask for the same "
+                "again, or remove that folder"
             )
 
     def result(self, failures: dict[Job, str]) -> Run:
@@ -144,7 +144,7 @@ def plan(request: Request, expressions: Sequence[str], seeds: Sequence[int]) -> 
     """
     if not 2 <= len(expressions) <= len(CYCLE):
         raise ComparisonError(
-            f"{len(expressions)} methods were given; compare takes 2 to {len(CYCLE)} (one picture holds no more lines), "
+            f"{len(expressions)} methods were given; compare takes 2 to {len(CYCLE)} (a picture holds no more lines), "
             "the first being the one that the others are compared with"
         )
     if not seeds or len(set(seeds)) < len(seeds):
@@ -213,7 +213,9 @@ def analysed(made: Plan, failures: dict[Job, str], jobs: int = 1) -> dict[str, A
         "command": made.command(jobs),
         "out": str(made.out),
         "task": {"policy": made.request.policy, "environment": made.request.env},
-        "budget": {"decisions": made.request.decisions} if made.request.decisions else {"turns of the first": made.request.steps},
+        "budget": {"decisions": made.request.decisions}
+        if made.request.decisions
+        else {"turns of the first": made.request.steps},
         "seeds": list(made.seeds),
         **found,
         "runs": [_run_record(job, result) for job, result in zip(made.jobs(), results)],

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import platform
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
 from trimtab.evaluation import Evaluation, evaluate
+from trimtab.interrupt import interruptible
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
@@ -61,6 +60,10 @@ class Request:
     save_every: int = 25
     keep: int = 2
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decisions is not None and self.decisions < 1:
+            raise MethodError(f"decisions={self.decisions} is no budget; give how many decisions to make, from 1 on")
 
     @property
     def budget(self) -> dict[str, int]:
@@ -218,7 +221,8 @@ def resume(
 ) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run folder, to the same bits an uninterrupted run would have reached.
 
-    steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or RunFolderError with the reason when it cannot.
+    steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or
+    RunFolderError with the reason when it cannot.
     """
     folder = RunFolder(path)
     request = request_of(folder)
@@ -365,28 +369,6 @@ def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
             "tokens": [made.policy.decode([t]) for t in batch.action[i][mask].tolist()],
             "credit": batch.advantage[i][mask].tolist(),
         }
-
-
-@contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks the run to finish its turn, save and stop; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            signal.signal(signal.SIGINT, old)
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def evaluate_folder(path: str | Path, *, problems: int | None = None, env: str | None = None) -> dict[str, Any]:

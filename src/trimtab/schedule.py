@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from trimtab.core.errors import TrimtabError
-from trimtab.experiment import Request, command, interruptible, resume, train
+from trimtab.experiment import Request, command, resume, train
+from trimtab.interrupt import interruptible
 from trimtab.report.words import count, duration
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class Progress:
         self.say(f"run {self.done + running + 1} of {self.total}: {job.name}{self._left(running)}")
 
     def ends(self, job: Job, seconds: float, failure: str = "") -> None:
+        """A run came to its end. seconds: 0 for one that never began, which says nothing about the pace."""
         self.done += 1
-        self.took.append(seconds)
+        self.took += [seconds] if seconds else []
         if failure:
             self.say(f"{job.name} failed: {failure}")
         elif self.at_once > 1:
@@ -83,7 +85,6 @@ def _ready(waiting: list[Job], failures: dict[Job, str], progress: Progress) -> 
             waiting.remove(job)
             failures[job] = f"it has no budget, because {job.first.name} failed"
             progress.ends(job, 0.0, failures[job])
-            progress.took.pop()  # says nothing about the pace
     return None
 
 

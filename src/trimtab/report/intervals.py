@@ -110,8 +110,8 @@ def paired_interval(differences: Sequence[float] | np.ndarray, level: float = 0.
         mean -+ t(n - 1, (1 + level) / 2) s / sqrt(n),  s^2 = sum (d_i - mean)^2 / (n - 1)
 
     For the handful of seeds of a comparison: there the percentile bootstrap is too narrow (of 5 normal values it covers
-    the mean 84 times in 100, not 95). One difference, or several that are all equal, say nothing about their spread: low
-    and high are nan. Also right for plain values, one a seed.
+    the mean 84 times in 100, not 95). One difference, or several that are all equal, say nothing about their spread:
+    low and high are nan. Also right for plain values, one a seed.
 
     differences: [n] finite, n >= 1; level: coverage in (0, 1). Raises `IntervalError` outside these.
     Source: Student, The probable error of a mean, Biometrika 6 (1908).
@@ -145,7 +145,7 @@ def t_quantile(p: float, df: int) -> float:
 
     With theta = atan(t / sqrt(df)) and A(t) = P(-t < T < t), for odd and even df:
 
-        A = (2 / pi) (theta + sin theta (cos theta + 2/3 cos^3 theta + ... up to the power df - 2)),  df = 1: 2 theta / pi
+        A = (2 / pi) (theta + sin theta (cos theta + 2/3 cos^3 theta + ... up to the power df - 2))
         A = sin theta (1 + 1/2 cos^2 theta + 1 3 / (2 4) cos^4 theta + ... up to the power df - 2)
 
     p: in (0, 1); df: a whole number >= 1. Raises `IntervalError` outside these.

@@ -16,13 +16,14 @@ from trimtab.report.words import count, is_number, number
 
 Record = Mapping[str, Any]
 
-# Keys of what is measured, with the words of the tables. The first decides: it is less noisy than the final value.
+# Keys of what is measured, with the short words of the tables (`measured` says what each is). The first decides: the
+# mean of the last three evaluations is less noisy than the last one.
 METRICS = {
-    "last_three": "held-out, mean of the last three evaluations",
-    "final": "held-out, final evaluation",
-    "sampled": "held-out at temperature 1, mean of the last three",
-    "area": "held-out, mean over the whole training",
-    "reward": "training reward, last tenth of the turns",
+    "last_three": "held-out, last three",
+    "final": "held-out, last one",
+    "sampled": "held-out, sampled",
+    "area": "held-out, all training",
+    "reward": "training reward, end",
 }
 PRIMARY = "last_three"
 
@@ -48,8 +49,10 @@ class Run:
 def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequence[Record]) -> Run:
     """A finished run, read off its records.
 
-    The evaluation from before training takes part in `area` only: the trapezoid under the held-out curve against
-    decisions, divided by the decisions it spans.
+    last_three, final: the mean of the last three evaluations, and the last one. sampled: that of the last three, of
+    answers drawn at temperature 1. area: the trapezoid under the held-out curve against decisions, divided by the
+    decisions it spans; the evaluation from before training takes part in this one only. reward: mean training reward
+    over the last tenth of the turns.
     """
     after = [e for e in evaluations if e.get("turn", 0) > 0]
     rewards = [r for r in (look_up(m, "reward") for m in metrics) if r is not None]
@@ -61,12 +64,10 @@ def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequen
         "reward": _mean(rewards[-max(1, math.ceil(len(rewards) / 10)) :]),
     }
     last = metrics[-1] if metrics else {}
-    spent = {name: int(last.get(key, 0)) for name, key in _COUNTS.items()}
     known = {key: value for key, value in values.items() if value is not None}
-    return Run(arm, seed, known, seconds=float(last.get("seconds", 0.0)), **spent)
-
-
-_COUNTS = {"turns": "turn", "updates": "updates", "decisions": "decisions"}
+    turns, updates, decisions = (int(last.get(key, 0)) for key in ("turn", "updates", "decisions"))
+    seconds = float(last.get("seconds", 0.0))
+    return Run(arm, seed, known, turns=turns, updates=updates, decisions=decisions, seconds=seconds)
 
 
 def _mean(values: Sequence[Any]) -> float | None:
@@ -92,7 +93,7 @@ def compared(arms: Sequence[str], seeds: Sequence[int], runs: Sequence[Run]) -> 
     are paired, and how many of how many that was is part of the row and of its conclusion.
     """
     base, by = arms[0], {(r.arm, r.seed): r for r in runs}
-    alone = [_alone(arm, seeds, by) for arm in arms]
+    alone = [_alone(arm, seeds, by, runs) for arm in arms]
     rows = [
         row
         for arm in arms[1:]
@@ -113,7 +114,8 @@ def _is_share(metric: str, runs: Sequence[Run]) -> bool:
     return all(0 <= r.values[metric] <= 1 for r in runs if metric in r.values)
 
 
-def _alone(arm: str, seeds: Sequence[int], by: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+def _alone(arm: str, seeds: Sequence[int], by: Mapping[tuple[str, int], Run], runs: Sequence[Run]) -> dict[str, Any]:
+    """An arm by itself; the interval of a share is cut to [0, 1]."""
     mine = [by[arm, s] for s in seeds if (arm, s) in by]
     ended = [r for r in mine if r.state == "finished"]
     means = {}
@@ -121,7 +123,10 @@ def _alone(arm: str, seeds: Sequence[int], by: Mapping[tuple[str, int], Run]) ->
         values = [r.values[metric] for r in ended if metric in r.values]
         if values:
             mean, low, high = paired_interval(values)
-            means[metric] = {"label": label, "mean": mean, "low": _known(low), "high": _known(high), "n": len(values)}
+            if share := _is_share(metric, runs):
+                low, high = max(low, 0.0), min(high, 1.0)
+            ends = {"low": _known(low), "high": _known(high)}
+            means[metric] = {"label": label, "share": share, "mean": mean, **ends, "n": len(values)}
     return {
         "arm": arm,
         "seeds": len(ended),
@@ -182,6 +187,14 @@ def bracket(low: float | None, high: float | None, share: bool) -> str:
     return "" if low is None or high is None else f"[{said(low, share)}, {said(high, share)}]"
 
 
+def mean_of(metric: Record) -> str:
+    """`62.5% [21.6, 88.0]` of a metric of an arm."""
+    share = metric["share"]
+    return (
+        f"{said(metric['mean'], share)}{'%' if share else ''} {bracket(metric['low'], metric['high'], share)}".rstrip()
+    )
+
+
 def effect_of(row: Record) -> str:
     """`+4.2 points [1.1, 7.0]` of a row."""
     unit = " points" if row["share"] else ""
@@ -204,7 +217,7 @@ def _conclusion(
         if len(row["seeds"]) == 1:
             return f"Nothing can be concluded about {arm} against {base} from one seed{of}, which differs by {effect}."
         if row["effect"] == 0:
-            return f"{arm} and {base} came out exactly equal {over}, so no interval can be given."
+            return f"{arm} and {base} came out exactly equal at every seed, {over}, so no interval can be given."
         return f"{arm} differs from {base} by the same {effect} at every seed, {over}, so no interval can be given."
     if low > 0 or high < 0:
         better = "better" if low > 0 else "worse"
@@ -229,13 +242,13 @@ def _notes(arms: Sequence[str], seeds: Sequence[int], alone: Sequence[Record]) -
     notes = []
     if len(arms) > 2:
         notes.append(
-            f"{len(arms) - 1} arms are compared with {arms[0]}; the intervals are not corrected for several comparisons, "
-            "so each errs 1 time in 20 by itself."
+            f"{len(arms) - 1} arms are compared with {arms[0]}; the intervals are not corrected for several "
+            "comparisons, so each errs 1 time in 20 by itself."
         )
     if len(seeds) < 5:
         notes.append(
-            f"{count(len(seeds), 'seed')} say little about chance: an interval from so few is wide, and trusts that the "
-            "differences are spread like a normal distribution."
+            f"{count(len(seeds), 'seed')} say little about chance: an interval from so few is wide, and trusts that "
+            "the differences are spread like a normal distribution."
         )
     notes += [f"{a['arm']}, seed {f['seed']}, failed: {f['reason']}" for a in alone for f in a["failures"]]
     left = sum(len(a["unfinished"]) for a in alone)
