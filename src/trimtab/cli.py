@@ -134,7 +134,8 @@ class Compare:
             print(json.dumps(made))
         else:
             for title, heads, rows in comparison_tables(made):
-                _table(title, heads, rows)
+                if rows:
+                    _table(title, heads, rows)
             print("\n".join([*made["conclusions"], *(f"note: {note}" for note in made["notes"])]))
             if "report" in made:
                 print(f"report: {made['report']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -18,12 +19,13 @@ from rich.console import Console
 from trimtab.core.errors import TrimtabError
 from trimtab.experiment import Request, command, resume, train
 from trimtab.interrupt import interruptible
-from trimtab.report.words import count, duration
+from trimtab.report.words import count, duration, percent
 
 if TYPE_CHECKING:
     from trimtab.comparison import Job, Plan
 
 _LOOK = 0.2  # seconds between looks at the processes
+_QUIET = 60.0  # and between lines on how far they are
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Progress:
     took: list[float] = field(default_factory=list)
 
     def begins(self, job: Job, running: int = 0) -> None:
-        self.say(f"run {self.done + running + 1} of {self.total}: {job.name}{self._left(running)}")
+        self.say(f"run {self.done + running + 1} of {self.total}: {job.name}{self._left()}")
 
     def ends(self, job: Job, seconds: float, failure: str = "") -> None:
         """A run came to its end. seconds: 0 for one that never began, which says nothing about the pace."""
@@ -48,12 +50,21 @@ class Progress:
         elif self.at_once > 1:
             self.say(f"{job.name} is finished after {duration(seconds)}{self._left()}")
 
-    def _left(self, running: int = 0) -> str:
-        left = self.total - self.done - running
-        if not self.took or left < 1:
+    def goes_on(self, running: list[Child]) -> None:
+        """How far the runs are that run right now."""
+        shares = {child.job: child.share() for child in running}
+        now = time.monotonic()
+        made = [(now - child.began, shares[child.job] - child.had) for child in running]
+        pace = [seconds / share for seconds, share in made if share > 0.05]
+        said = ", ".join(f"{job.name}: {percent(share)}" for job, share in shares.items())
+        self.say(f"{said}{self._left(sum(shares.values()), pace)}")
+
+    def _left(self, begun: float = 0.0, pace: list[float] | None = None) -> str:
+        """begun: runs that are made already, in parts; pace: seconds that those under way will take in all."""
+        known, left = self.took + (pace or []), self.total - self.done - begun
+        if not known or left <= 0:
             return ""
-        mean = sum(self.took) / len(self.took)
-        return f" (about {duration(mean * -(-left // self.at_once))} left)"
+        return f" (about {duration(left * sum(known) / len(known) / min(self.at_once, math.ceil(left)))} left)"
 
 
 def work(made: Plan, jobs: int, mode: str) -> tuple[dict[Job, str], bool]:
@@ -126,12 +137,19 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     began: float
+    had: float = 0.0  # the share of its budget that was used before
+
+    def share(self) -> float:
+        """How much of its budget is used, in [0, 1]."""
+        records = self.job.folder.metrics()
+        ((unit, n),) = _needed(self.job).budget.items()
+        return min(1.0, records[-1]["turn" if unit == "turns" else unit] / n) if records else 0.0
 
 
 def _beside(waiting: list[Job], failures: dict[Job, str], progress: Progress, jobs: int) -> bool:
     """Several at once; whether it was stopped. Ctrl-C asks every run to finish its turn and save."""
     running: list[Child] = []
-    asked = False
+    asked, said = False, time.monotonic()
     try:
         with interruptible() as interrupted:
             while True:
@@ -144,6 +162,9 @@ def _beside(waiting: list[Job], failures: dict[Job, str], progress: Progress, jo
                     running.append(_start(job))
                 if not running:
                     return asked
+                if time.monotonic() - said > _QUIET:
+                    said = time.monotonic()
+                    progress.goes_on(running)
                 time.sleep(_LOOK)
                 for child in [c for c in running if c.process.poll() is not None]:
                     running.remove(child)
@@ -178,7 +199,8 @@ def _start(job: Job) -> Child:
             env={**os.environ, "OMP_NUM_THREADS": "1", "TRIMTAB_THREADS": "1"},
             start_new_session=True,  # a Ctrl-C at the terminal reaches it through us, once
         )
-    return Child(job, process, log, time.monotonic())
+    child = Child(job, process, log, time.monotonic())
+    return replace(child, had=child.share())
 
 
 def _ended(child: Child, failures: dict[Job, str], progress: Progress, asked: bool) -> None:

@@ -73,7 +73,7 @@ def test_the_whole_page(made):
     source = write_comparison(out, found).read_text()
     page = Page(source)
     for part in (
-        "2 methods against grpo , 3 seeds each",
+        "2 methods against grpo, 3 seeds each",
         "bnpo is better than grpo on this task: +6.0 points [3.5, 8.5] over 3 seeds.",
         "the intervals are not corrected for several comparisons",
         "3 seeds say little about chance",

@@ -78,9 +78,7 @@ def _top(made: Made) -> str:
     if len(said_of) == 1:
         headline, findings = _strong(said_of[0], arms[1]["arm"]), []
     else:
-        headline = (
-            f"{len(said_of)} methods against <b>{clean(made['base'])}</b>, {count(len(made['seeds']), 'seed')} each"
-        )
+        headline = f"{len(said_of)} methods against {clean(made['base'])}, {count(len(made['seeds']), 'seed')} each"
         findings = [_strong(c, a["arm"]) for c, a in zip(said_of, arms[1:])]
     listed = "".join(f"<li>{f}</li>" for f in findings)
     listed += "".join(f'<li class="calm">{clean(note)}</li>' for note in made["notes"])
@@ -103,7 +101,7 @@ def _top(made: Made) -> str:
 
 def _strong(sentence: str, arm: str) -> str:
     """A conclusion as HTML: the arm strong, the interval weak."""
-    text = re.sub(r"(\[-?[\d.,]+, -?[\d.,]+\])", r"<span>\1</span>", clean(sentence))
+    text = re.sub(r"(\[-?[\d.,]+, -?[\d.,]+\])", r'<span style="white-space:nowrap">\1</span>', clean(sentence))
     return text.replace(clean(arm), f"<b>{clean(arm)}</b>", 1)
 
 
