@@ -57,14 +57,17 @@ class Setting:
     """Turns between checkpoints; one is always made at the end and on Ctrl-C."""
     threads: int = 0
     """CPU threads; 0 chooses: the idle cores for a real model, 1 for a small one."""
+    tensorboard: bool = False
+    """Also write OUT/tensorboard, to be read by `tensorboard --logdir` (needs the extra `tensorboard`)."""
 
     def request(self, method: str, out: str, **more: Any) -> Any:
         """The whole request. Raises MethodError for two budgets."""
+        from trimtab.commands import one_budget
         from trimtab.experiment import Request
 
+        one_budget(self.steps, self.decisions)
         wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
         if self.steps is not None:
-            _one_budget(self.steps, self.decisions)
             wanted["steps"] = self.steps
         return Request(method, out=out, **wanted, **more)
 
@@ -160,7 +163,6 @@ class Resume:
     def __call__(self) -> int:
         from trimtab.experiment import resume
 
-        _one_budget(self.steps, self.decisions)
         mode = "silent" if self.json else "auto"
         return _outcome(resume(self.run, mode=mode, steps=self.steps, decisions=self.decisions), self.json)
 
@@ -184,15 +186,45 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Methods:
-    """List the methods: what each changes, and in which stages."""
+class Export:
+    """Write the model of a run, finished or interrupted, into a folder for `from_pretrained`."""
 
+    run: Folder
+    out: str | None = None
+    """The folder to write, absent or empty (default: DIR/export/turn-N)."""
+    checkpoint: str = "newest"
+    """newest, best (the highest held-out mean among those kept), or the number of a turn."""
+    merge: bool = False
+    """Add the low-rank adapter to the weights, instead of writing an adapter folder."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.export import export
+
+        made = export(self.run, out=self.out, checkpoint=self.checkpoint, merge=self.merge)
+        if self.json:
+            print(json.dumps(made))
+        else:
+            print(f"{made['kind']} of turn {made['turn']}: {made['model']}")
+            print(f"load it with AutoModelForCausalLM.from_pretrained({made['model']!r})")
+        return 0
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods, or search them: what each changes, and in which stages."""
+
+    search: str | None = None
+    """Words of a name, alias, title, arXiv id, preset or idea; all must be found. None found is no error (exit 0)."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
     def __call__(self) -> int:
         from trimtab.describe import method_rows
 
+        if self.search is not None:
+            return self._found(self.search)
         rows = method_rows()
         if self.json:
             print(json.dumps(rows, indent=1))
@@ -200,6 +232,21 @@ class Methods:
         heads = ["name", "base", "world", "what it is", "paper", "stages it sets"]
         keys = ("name", "base", "world", "title", "arxiv")
         _table("methods", heads, [[*(r[k] or "-" for k in keys), ", ".join(r["stages"])] for r in rows])
+        return 0
+
+    def _found(self, text: str) -> int:
+        from trimtab.describe import method_rows
+        from trimtab.search import nothing_found, search
+
+        hits, rows = search(text), {r["name"]: r for r in method_rows()}
+        if self.json:
+            found = [{**rows[h.definition.name], "score": h.score, "why": list(h.why)} for h in hits]
+            print(json.dumps(found, indent=1))
+        if not hits:
+            print(nothing_found(text), file=sys.stderr if self.json else sys.stdout)
+        elif not self.json:
+            lines = [[h.definition.name, h.definition.title, h.definition.arxiv or "-", "; ".join(h.why)] for h in hits]
+            _table(f"methods with {text!r}", ["name", "what it is", "paper", "found in"], lines)
         return 0
 
 
@@ -274,6 +321,7 @@ Command = (
     | Annotated[Resume, subcommand("resume")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]
@@ -297,13 +345,6 @@ def _outcome(made: dict[str, Any], as_json: bool) -> int:
     if "report" in made:
         print(f"report: {made['report']}")
     return 0
-
-
-def _one_budget(steps: int | None, decisions: int | None) -> None:
-    if steps is not None and decisions is not None:
-        from trimtab.core.errors import MethodError
-
-        raise MethodError(f"--steps {steps} and --decisions {decisions} are two budgets; give one of them")
 
 
 def _plain(*parts: str) -> str:

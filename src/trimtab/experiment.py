@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from trimtab import __version__
+from trimtab.commands import command, one_budget
 from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
@@ -25,6 +25,9 @@ from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
 from trimtab.report.live import LiveView
+from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
+from trimtab.report.watchers import Watchers
+from trimtab.report.words import about_loss
 
 SMALL = ("nano", "tiny")
 
@@ -36,7 +39,7 @@ class Request:
     steps: turns of the loop. decisions: instead of steps, stop after the first turn that reaches this many decisions of
     our policy; schedules follow. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
-    checkpoints. keep: checkpoints kept. threads: 0 chooses.
+    checkpoints. keep: checkpoints kept. threads: 0 chooses. tensorboard: also write event files.
     """
 
     method: str
@@ -60,6 +63,7 @@ class Request:
     save_every: int = 25
     keep: int = 2
     threads: int = 0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.decisions is not None and self.decisions < 1:
@@ -169,29 +173,6 @@ def config(made: Experiment) -> dict[str, Any]:
     }
 
 
-def command(request: Request) -> str:
-    """The command line that repeats this run."""
-    return shlex.join(["trimtab", "train", request.method, *options(request)])
-
-
-def options(request: Request) -> list[str]:
-    """The options of a request that are not the usual ones, as words of a command line."""
-    words: list[str] = []
-    fresh = Request("", "", "", "")
-    for name, value in asdict(request).items():
-        flag = "--" + name.replace("_", "-")
-        if name == "steps" and request.decisions is not None:
-            continue
-        if name == "method" or value is None or (name not in ("policy", "env") and value == getattr(fresh, name)):
-            continue
-        if name == "set":
-            for pair in value:
-                words += ["--set", pair]
-        else:
-            words += [flag, str(value)]
-    return words
-
-
 # -- running -----------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +191,8 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
 
     mode: "auto" (live on a terminal), "plain", or "silent".
     """
+    if request.tensorboard:
+        needs_tensorboard()
     made = build(settle(request))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     folder = RunFolder(request.out).create(config(made))
@@ -224,8 +207,11 @@ def resume(
     steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or
     RunFolderError with the reason when it cannot.
     """
+    one_budget(steps, decisions)
     folder = RunFolder(path)
     request = request_of(folder)
+    if request.tensorboard:
+        needs_tensorboard()
     if steps is not None or decisions is not None:
         request = replace(request, steps=steps or request.steps, decisions=decisions)
     made = build(request)
@@ -268,8 +254,11 @@ def _go(
     made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, notes: list[str] | None = None
 ) -> dict[str, Any]:
     request = made.request
+    title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
     ((unit, until),) = request.budget.items()
-    view = LiveView(until, unit, title=f"{made.method.name} on {request.env}", mode=mode)  # type: ignore[arg-type]
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    if request.tensorboard:
+        view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
         for text in notes or []:
             view.note(text)
@@ -314,7 +303,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
     }
 
 
-def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, step: Step) -> None:
+def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, step: Step) -> None:
     clock = {"seconds": round(tally.seconds, 3), **step.state.clock.counts()}
     logs = {**step.logs, **of_batch(step.batch)}
     folder.write_metrics({"turn": step.turn, **{k: v for k, v in clock.items() if k != "turns"}, **logs})
@@ -324,7 +313,7 @@ def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, state: State, stage: str
+    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, state: State, stage: str
 ) -> None:
     result, turn = made.evaluate(), state.clock.turns
     clock = {"turn": turn, "decisions": state.clock.decisions, "seconds": round(tally.seconds, 3)}
@@ -353,11 +342,13 @@ def of_batch(batch: Batch) -> dict[str, float]:
 
 
 def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
-    """The first group of a batch as transcripts, each token with its credit."""
+    """One group of a batch as transcripts, each token with its credit: the first whose credit is not all zero."""
     batch = step.batch
     if "group" not in batch or "advantage" not in batch:
         return
-    for i in (batch.group == batch.group[0]).nonzero().squeeze(1).tolist():
+    taught = (batch.advantage * batch.mask != 0).any(1).nonzero().squeeze(1)
+    first = batch.group[int(taught[0]) if len(taught) else 0]
+    for i in (batch.group == first).nonzero().squeeze(1).tolist():
         mask = batch.mask[i].bool()
         yield {
             "turn": step.turn,

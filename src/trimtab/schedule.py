@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from trimtab.commands import command
 from trimtab.core.errors import TrimtabError
-from trimtab.experiment import Request, command, resume, train
+from trimtab.experiment import Request, resume, train
 from trimtab.interrupt import interruptible
 from trimtab.report.words import count, duration, percent
 

@@ -67,6 +67,7 @@ def test_a_run_stops_after_the_turn_that_reaches_its_decisions(tmp_path: Path) -
     assert RunFolder(tmp_path / "a").evaluations()[-1]["decisions"] == records[-1]["decisions"]
     assert "--decisions 80" in command(request)
     assert "--steps" not in command(request)
+    assert "--out" not in command(replace(request, out=""))
     more = resume(tmp_path / "a", mode="silent", decisions=150)
     assert RunFolder(tmp_path / "a").metrics()[-1]["decisions"] >= 150
     assert more["turns"] > made["turns"]

@@ -8,3 +8,4 @@ from trimtab.methods.language import dpo as dpo
 from trimtab.methods.language import dr_grpo as dr_grpo
 from trimtab.methods.language import gpg as gpg
 from trimtab.methods.language import gspo as gspo
+from trimtab.methods.language import rec as rec

@@ -78,7 +78,7 @@ def rloo(
         raise MethodError(f"rloo has ratio={ratio!r}. {nearest(ratio, ('none', 'token', 'sequence'))}")
     if ratio != "none":
         taken = token_ratio() if ratio == "token" else sequence_ratio(mean=False)
-        per = made.get("surrogate.per") if ratio == "token" else "row"
+        per = made.get("surrogate.per") if ratio == "token" else "row_sum"
         shape = pessimistic(dual=dual)
         made = made.swap("surrogate", surrogate(ratio=taken, bound=clip(clip_at, clip_at), shape=shape, per=per))
     if ratio != "none" or kl:
