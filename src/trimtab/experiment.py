@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from trimtab import __version__
+from trimtab.commands import command, one_budget
 from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
@@ -38,7 +38,8 @@ SMALL = ("nano", "tiny")
 class Request:
     """What a user asked for; written to `config.json`, and enough to rebuild the run.
 
-    steps: turns of the loop. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
+    steps: turns of the loop. decisions: instead of steps, stop after the first turn that reaches this many decisions of
+    our policy; schedules follow. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
     checkpoints. eval_env: another environment to be held out on, with the same reward and prompt. eval_samples, eval_k
     ("1,4"), eval_temperature: see `Evaluator`. keep: checkpoints kept. threads: 0 chooses.
@@ -52,6 +53,7 @@ class Request:
     env: str
     out: str
     steps: int = 60
+    decisions: int | None = None
     seed: int = 0
     set: tuple[str, ...] = ()
     lora: int = 0
@@ -78,7 +80,14 @@ class Request:
             if getattr(self, name) < 1:
                 why = " (0 would leave no checkpoint)" if name == "keep" else ""
                 raise TrimtabError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1{why}")
+        if self.decisions is not None and self.decisions < 1:
+            raise MethodError(f"decisions={self.decisions} is no budget; give how many decisions to make, from 1 on")
         self.evaluator()
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What the run may use, by counter of the clock."""
+        return {"turns": self.steps} if self.decisions is None else {"decisions": self.decisions}
 
     def evaluator(self, environment: Any = None, new_tokens: int = 16) -> Evaluator:
         """How this request wants its policy evaluated."""
@@ -157,7 +166,7 @@ def config(made: Experiment) -> dict[str, Any]:
         "policy": made.policy.describe(),
         "environment": made.environment.describe(),
         "seed": request.seed,
-        "until": {"turns": request.steps},
+        "until": request.budget,
         "request": asdict(request),
         "resolved": {k: show(v).strip("'") for k, v in made.method.flatten().items()},
         "fingerprint": made.method.fingerprint(),
@@ -168,24 +177,6 @@ def config(made: Experiment) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def command(request: Request) -> str:
-    """The command line that repeats this run."""
-    words = ["trimtab", "train", request.method]
-    fresh = Request("", "", "", "")
-    for name, value in asdict(request).items():
-        flag = "--" + name.replace("_", "-")
-        if name == "method" or value is None or (name not in ("policy", "env") and value == getattr(fresh, name)):
-            continue
-        if name == "set":
-            for pair in value:
-                words += ["--set", pair]
-        elif name == "tensorboard":
-            words.append(flag)
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)
 
 
 # -- running -----------------------------------------------------------------------------------------------------
@@ -214,16 +205,22 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     return _guarded(made, state, folder, Tally(), mode)
 
 
-def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) -> dict[str, Any]:
+def resume(
+    path: str | Path, *, mode: str = "auto", steps: int | None = None, decisions: int | None = None
+) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run folder, to the same bits an uninterrupted run would have reached.
 
-    steps: another total number of turns. Raises CheckpointError or RunFolderError with the reason when it cannot.
+    steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or
+    RunFolderError with the reason when it cannot.
     """
+    one_budget(steps, decisions)
     folder = RunFolder(path)
     request = request_of(folder)
     if request.tensorboard:
         needs_tensorboard()
-    made = build(replace(request, steps=steps or request.steps))
+    if steps is not None or decisions is not None:
+        request = replace(request, steps=steps or request.steps, decisions=decisions)
+    made = build(request)
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
     differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
@@ -264,23 +261,24 @@ def _go(
 ) -> dict[str, Any]:
     request = made.request
     title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
-    view = Watchers(LiveView(request.steps, "turns", title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    ((unit, until),) = request.budget.items()
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
     if request.tensorboard:
         view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
         for text in [*(notes or []), *disk_notes(state, folder.checkpoints, request.keep)]:
             view.note(text)
         if not tally.before:
-            _record_evaluation(made, folder, view, tally, turn=0, stage="before")
+            _record_evaluation(made, folder, view, tally, state, stage="before")
         models = {"policy": made.policy}
-        loop = run(made.method, made.environment, models, until=request.steps, state=state, memory=request.memory)
+        loop = run(made.method, made.environment, models, until=request.budget, state=state, memory=request.memory)
         started = time.perf_counter()
         for step in loop:
             tally.seconds += time.perf_counter() - started
             _record_turn(made, folder, view, tally, step)
-            last = step.turn >= request.steps
+            last = state.clock.reached(request.budget)
             if last or step.turn % request.eval_every == 0:
-                _record_evaluation(made, folder, view, tally, step.turn, "after" if last else f"turn {step.turn}")
+                _record_evaluation(made, folder, view, tally, state, "after" if last else f"turn {step.turn}")
             if last or interrupted() or step.turn % request.save_every == 0:
                 folder.sync()
                 save(state, folder.checkpoints, keep=request.keep)
@@ -321,10 +319,11 @@ def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, turn: int, stage: str
+    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, state: State, stage: str
 ) -> None:
-    result = made.evaluate()
-    folder.write_eval({"turn": turn, "seconds": round(tally.seconds, 3), **result.record()})
+    result, turn = made.evaluate(), state.clock.turns
+    clock = {"turn": turn, "decisions": state.clock.decisions, "seconds": round(tally.seconds, 3)}
+    folder.write_eval({**clock, **result.record()})
     if stage in ("before", "after"):
         folder.write_samples({"turn": turn, "split": "eval", "stage": stage, **t} for t in result.transcripts)
     tally.after = result.summary()

@@ -133,6 +133,7 @@ _KNOWN: Mapping[str, str] = {
     "clip": _SERIES["Clip rate"][2],
     "grad_norm": _SERIES["Gradient norm"][0],
     "dead": _SERIES["Dead groups"][0],
+    "length": _SERIES["Response length"][0],
     "gap": _SERIES[GAP][0],
     "failures": _SERIES["Failures"][0],
     "age": _SERIES["Age"][0],
