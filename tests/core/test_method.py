@@ -498,7 +498,12 @@ def test_the_fingerprint_changes_with_every_option_and_not_otherwise() -> None:
         if hasattr(base.get(path), "options") or (value is None and path != "update.clip"):
             continue
         other = {str: "other", bool: not value, tuple: (9.0, 9.5, 9.7)}.get(type(value), 0.123)
-        other = {"surrogate.bound.metric": "ratio", "credit.scale": "batch"}.get(path, other)
+        known = {
+            "surrogate.bound.metric": "ratio", "surrogate.bound.order": "low_first",
+            "surrogate.bound.weighting": "none", "surrogate.bound.low": (0.5, 0.6, 0.1),
+            "surrogate.bound.high": (1.5, 1.6, 0.1), "credit.scale": "batch",
+        }  # fmt: skip
+        other = known.get(path, other)
         prints.add(base.swap(path, other).fingerprint())
         changed += 1
     assert changed > 20
