@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,6 +23,14 @@ def for_tiny(method: Method, **settings: object) -> Method:
     return method
 
 
+def load(seed: int) -> tuple[Any, Any]:
+    """(environment, policy): the seed is that of the problems' order; the weights are always the same."""
+    from trimtab.environments.text import load_environment
+    from trimtab.policies.builtin import load_policy
+
+    return load_environment(SUMS, seed=seed), load_policy("tiny")
+
+
 def on_tiny(decisions: int, problems: int | None = None) -> Callable[[Method, int], dict[str, float]]:
     """A study's `measure`: train `tiny` on one-digit sums for so many decisions, then evaluate it.
 
@@ -31,11 +40,7 @@ def on_tiny(decisions: int, problems: int | None = None) -> Callable[[Method, in
     """
 
     def measured(method: Method, seed: int) -> dict[str, float]:
-        from trimtab.environments.text import load_environment
-        from trimtab.policies.builtin import load_policy
-
-        environment = load_environment(SUMS, seed=seed)
-        policy = load_policy("tiny")
+        environment, policy = load(seed)
         try:
             rewards = [
                 step.logs["reward"]

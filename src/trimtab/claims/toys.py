@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
+from trimtab.core.closure import Closure
 from trimtab.core.kit import Kit
 from trimtab.core.method import Method
 from trimtab.core.piece import Piece, piece
 from trimtab.core.terms import SOURCES
 from trimtab.stages.collect import first_id
-from trimtab.stages.update import sgd
+from trimtab.stages.update import report, sgd
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,16 @@ def toy_rollouts(kit: Kit, *, prompts: int, group: int) -> Batch:
             "age": torch.zeros(n, dtype=torch.long),
         }
     )
+
+
+@piece("update", one_gradient=True)
+def equal_step(kit: Kit, closure: Closure, *, length: float) -> tuple[dict[str, float | Tensor], bool]:
+    """`theta <- theta - length grad / |grad|`: every step equally long; none where the gradient is zero."""
+    made = closure()
+    with torch.no_grad():
+        for name, parameter in closure.params.items():
+            parameter.sub_(length / made.norm.clamp_min(1e-12) * made.grads[name])
+    return report(made), False
 
 
 def on_toy(method: Method, *, prompts: int, group: int, lr: float) -> Method:

@@ -1,0 +1,75 @@
+"""What `trimtab claim` does: measure, keep, and say it in a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.claims import claims, find_claim
+from trimtab.claims.core import measure, write
+from trimtab.claims.statistics import ClaimError
+
+COLOURS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
+
+
+def measured(
+    name: str, *, every: bool = False, full: bool = False, seeds: int | None = None, out: str = "", quiet: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of one claim, or of every one; progress goes to stderr unless `quiet`. out: see `write`.
+
+    Raises `ClaimError` for an unknown name, or neither or both of a name and `every`.
+    """
+    if bool(name) == every:
+        raise ClaimError(f"name one claim, or ask for --all. There are claims of: {', '.join(claims())}.")
+    rows: list[dict[str, Any]] = []
+    for claim in [find_claim(n) for n in (claims() if every else [name])]:
+
+        def say(line: str, method: str = claim.method) -> None:
+            if not quiet:
+                print(f"{method}: {line}", file=sys.stderr, flush=True)
+
+        made = measure(claim, seeds=seeds, full=full, say=say)
+        if out:
+            say(f"written to {write(made, Path(out))}")
+        rows += made
+    return rows
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as one table a method."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == method]
+        console.print(Text(f"{method}: {mine[0]['statement']}", style="bold"))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for head in ("", "the claim", "arms (mean)", "effect [95%]", "detectable", "verdict"):
+            table.add_column(head, overflow="fold")
+        for r in mine:
+            table.add_row(*_cells(r))
+        console.print(table)
+        console.print(f"{mine[0]['seeds']} seeds, {mine[0]['interval'].split(',')[0]}; {mine[0]['scope']}\n")
+
+
+def _cells(r: Mapping[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    arms = "\n".join(f"{name} {a['mean']:.3g}" + (" (control)" if a["role"] == "control" else "")
+                     for name, a in r["arms"].items())  # fmt: skip
+    effect = f"{r['effect']:.3g} [{r['low']:.3g}, {r['high']:.3g}]\n{r['effect_is']}; {asked(r['region'])}"
+    verdict = Text(r["verdict"], style=COLOURS[r["verdict"]])
+    detectable = f"x {r['detectable']:.3g}" if " / " in r["effect_is"] else f"{r['detectable']:.2g}"
+    return [Text(r["part"]), Text(r["claim"]), Text(arms), Text(effect), Text(detectable), verdict]
+
+
+def asked(region: Sequence[float | None]) -> str:
+    """The region of a row in words."""
+    low, high = region
+    if low is None:
+        return f"asked: < {high:g}"
+    return f"asked: > {low:g}" if high is None else f"asked: {low:g} to {high:g}"
