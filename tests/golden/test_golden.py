@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.golden import twins
+from tests.golden import rec_twin, twins
 from tests.spikes.chord import chord, d3s, widest
 from tests.spikes.tokens import case, token_demonstrations, token_rollouts
 from trimtab.core.loop import run
@@ -39,6 +39,7 @@ BUILT: dict[str, Callable[[], Method]] = {
     "bapo": lambda: find("bapo")(toy(stale())),
     "bnpo": lambda: toy(find("bnpo")(stale())),
     "chord": lambda: chord(toy(stale())),
+    "rec": lambda: toy(find("rec")(find("grpo")(passes=rec_twin.PASSES))).set("update.lr", rec_twin.LR),
 }
 
 

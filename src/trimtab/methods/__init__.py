@@ -3,3 +3,4 @@
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
+from trimtab.methods.language import rec as rec

@@ -19,6 +19,7 @@ from trimtab.core.piece import Piece, piece
 from trimtab.core.terms import Term, mask_of, rows_of
 
 Now = Mapping[str, Tensor]
+HARD = ("one_side", "two_side", "ring")  # shapes that leave decisions out where the ratio is out of bounds
 
 
 class Bound(NamedTuple):
@@ -63,6 +64,9 @@ def _clip_sane(options: Mapping[str, Any]) -> str | None:
     low = options["low"]
     if isinstance(low, (int, float)) and not 0 <= low <= 1:
         return f"low={low} must be in [0, 1]: the ratio is bounded below by 1 - low"
+    high = options["high"]
+    if isinstance(high, (int, float)) and not high >= 0:
+        return f"high={high} must be at least 0: the ratio is bounded above by 1 + high"
     return None
 
 
@@ -118,6 +122,8 @@ def _consistent(options: Mapping[str, Any]) -> str | None:
         return "shape=score_function() uses no ratio and no bound, so they would be ignored; leave them out"
     if shape.core.name != "score_function" and ratio is None:
         return f"shape={shape.name}() needs a ratio, for example ratio=token_ratio()"
+    if shape.core.name in HARD and bound is None:
+        return f"shape={shape.name}() needs a bound, for example bound=clip(0.2, 0.2)"
     return None
 
 
@@ -150,7 +156,8 @@ def surrogate(
             terms.append(Term(((advantage > 0) & (r > b.high)).to(value.dtype), "clip_high", metric=True))
             terms.append(Term(((advantage < 0) & (r < b.low)).to(value.dtype), "clip_low", metric=True))
         if "logp_behavior" in batch:
-            gap = (old_logp(batch, now) - batch.logp_behavior).abs()
+            # Unguarded: `logp_old` is looked at where another piece asked for it, and is no need of this one.
+            gap = (old_logp(batch.guarded(None), now) - batch.logp_behavior).abs()
             terms.append(Term(gap.to(value.dtype), "sampler_gap", metric=True))
     return terms
 
