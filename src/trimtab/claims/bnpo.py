@@ -42,7 +42,7 @@ def toy(name: str) -> Method:
 
 
 def toy_of_equal_steps(name: str) -> Method:
-    """Every step as long as GRPO's are on average over the first 50 batches at step size 1 (0.17): the direction alone."""
+    """Every step 0.17 long, as GRPO's first 50 are on average at step size 1: what is left is the direction."""
     return toy(name).swap("update", equal_step(length=LENGTH))
 
 
@@ -109,8 +109,8 @@ PARTS = (
     against("reinforce", "it varies less than plain REINFORCE's", "cv", below(1.0), kind="ratio"),
     against("reinforce", "it varies within 30% of what plain REINFORCE's does", "cv", within(0.7, 1.3), kind="ratio"),
     against("grpo", "at the same step size, the reward after 50 batches is above GRPO's", "reward", above(0.0)),
-    Part("with every step equally long, the mean reward over 50 batches is above GRPO's", "reward_early", "bnpo, equal steps",
-         "grpo, equal steps", ("reinforce, equal steps",), above(0.0)),
+    Part("with every step equally long, the mean reward over 50 batches is above GRPO's", "reward_early",
+         "bnpo, equal steps", "grpo, equal steps", ("reinforce, equal steps",), above(0.0)),
     against("grpo", "at the first policy (success 1 in 5), the gradient's relative variance is below GRPO's",
             "relative_variance_start", below(1.0), kind="ratio"),
     against("grpo", "at a policy half right, the gradient's relative variance is below GRPO's",
@@ -147,7 +147,9 @@ CLAIM = Claim(
         },
         parts=(
             against("grpo", "tiny's held-out greedy accuracy ends above GRPO's", "accuracy", above(0.0)),
-            against("reinforce", "tiny's held-out greedy accuracy ends above plain REINFORCE's", "accuracy", above(0.0)),
+            against(
+                "reinforce", "tiny's held-out greedy accuracy ends above plain REINFORCE's", "accuracy", above(0.0)
+            ),
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,

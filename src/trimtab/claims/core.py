@@ -165,9 +165,7 @@ def measure(
     return [row(claim, study, i, records, count, scope) for i in range(len(study.parts))]
 
 
-def row(
-    claim: Claim, study: Study, index: int, records: Sequence[Record], seeds: int, scope: str
-) -> dict[str, Any]:
+def row(claim: Claim, study: Study, index: int, records: Sequence[Record], seeds: int, scope: str) -> dict[str, Any]:
     """What one part came to, as plain JSON values.
 
     method, claim, part ("a", "b", ...), scope, metric, arms (`name -> role, what, mean, std, values`), effect,

@@ -4,13 +4,11 @@ The problem of the card: three arms paying 0, 0.8 and 1, first probabilities 0.3
 behaviour that is refreshed every S = 200 steps, plain gradient steps of size 0.2 on the mean over rows, 2000 steps. On
 fixed data un-clipped REINFORCE goes to the arm with the largest `pi_b(j) (r_j - mean)`, which is the second best.
 
-Differences from the card's own measurement: 20 seeds for 10; the 200 groups of one behaviour are drawn at once, as one
+Differences from the card's own measurement: 12 seeds for 10; the 200 groups of one behaviour are drawn at once, as one
 batch of 200 updates of one group each, which has the same law; "found" means a final probability above 1/2.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -23,22 +21,20 @@ from trimtab.core.registry import find
 
 REWARDS, START = (0.0, 0.8, 1.0), (0.3, 0.6, 0.1)
 STEPS, PULLS = 2000, 8
-""" arm -> (in words, preset of rec, its other options) """
-KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "reinforce": ("REINFORCE, no clip", "reinforce", {}),
-    "one-side": ("REC-OneSide-NoIS, clipped at [0.8, 1.2], no importance weight", "one_side", {}),
-    "one-side IS": ("REC-OneSide-IS, clipped at [0.8, 1.2], with the importance weight", "one_side_is", {}),
-    "wide": ("REC-OneSide-NoIS, clipped at [0.4, 3.0]", "wide", {}),
-    "red-drop": ("RED-Drop: surplus negative responses dropped at random, no clip", "red_drop", {}),
-    "red-weight": ("RED-Weight: advantages times exp(A), no clip", "red_weight", {}),
-    "asymre": ("REP-AsymRE: baseline lowered by 0.1, no clip", "asymre", {}),
-    "opmd": ("REP-OPMD: 0.1 times the squared log-ratio added, no clip", "opmd", {}),
+KINDS = {  # arm -> (in words, preset of rec)
+    "reinforce": ("REINFORCE, no clip", "reinforce"),
+    "one-side": ("REC-OneSide-NoIS, clipped at [0.8, 1.2], no importance weight", "one_side"),
+    "one-side IS": ("REC-OneSide-IS, clipped at [0.8, 1.2], with the importance weight", "one_side_is"),
+    "wide": ("REC-OneSide-NoIS, clipped at [0.4, 3.0]", "wide"),
+    "red-drop": ("RED-Drop: surplus negative responses dropped at random, no clip", "red_drop"),
+    "red-weight": ("RED-Weight: advantages times exp(A), no clip", "red_weight"),
+    "asymre": ("REP-AsymRE: baseline lowered by 0.1, no clip", "asymre"),
+    "opmd": ("REP-OPMD: 0.1 times the squared log-ratio added, no clip", "opmd"),
 }
 
 
 def rec_of(kind: str) -> Method:
-    _, preset, options = KINDS[kind]
-    return find("rec")(preset=preset, **options)
+    return find("rec")(preset=KINDS[kind][1])
 
 
 def toy_arm(kind: str, stale: int = 200, lr: float = 0.2, note: str = "") -> Arm:
@@ -75,8 +71,9 @@ PARTS = (
     finds("red-weight", "weighing responses by exp(A) (RED-Weight), without a clip,"),
     finds("asymre", "a lowered baseline (AsymRE), without a clip,"),
     finds("opmd", "a penalty on the squared log-ratio (OPMD), without a clip,"),
-    Part("it is staleness that misleads REINFORCE: with a behaviour 20 steps old it finds the best arm in more than "
-         "half of the seeds beyond itself at 200", "found", "reinforce fresher", "reinforce", ("one-side",), above(0.5)),
+    Part("it is staleness that misleads REINFORCE: with a behaviour 20 steps old at most it finds the best arm in more "
+         "than half of the seeds beyond itself at 200", "found", "reinforce fresher", "reinforce", ("one-side",),
+         above(0.5)),
 )  # fmt: skip
 
 # -- on a language model: 16 updates of stale rows a batch ----------------------------------------------------------
@@ -104,7 +101,7 @@ CLAIM = Claim(
         },
         parts=PARTS,
         measure=mechanism,
-        seeds=20,
+        seeds=12,
     ),
     full=Study(
         arms={kind: tiny_arm(kind) for kind in TINY},

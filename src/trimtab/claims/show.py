@@ -38,7 +38,7 @@ def measured(
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as one table a method."""
+    """Print rows, one table a method: each sentence with its verdict, effect and arms."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -46,30 +46,31 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console()
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
-        console.print(Text(f"{method}: {mine[0]['statement']}", style="bold"))
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for head in ("", "the claim", "arms (mean)", "effect [95%]", "detectable", "verdict"):
-            table.add_column(head, overflow="fold")
+        console.print(Text(f"{method}, {mine[0]['scope']}: {mine[0]['statement']}", style="bold"))
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column()
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for r in mine:
-            table.add_row(*_cells(r))
+            table.add_row(r["part"], Text(r["verdict"], style=COLOURS[r["verdict"]]), Text(r["claim"]))
+            table.add_row("", "", Text(_numbers(r), style="dim"))
         console.print(table)
-        console.print(f"{mine[0]['seeds']} seeds, {mine[0]['interval'].split(',')[0]}; {mine[0]['scope']}\n")
+        console.print()
 
 
-def _cells(r: Mapping[str, Any]) -> list[Any]:
-    from rich.text import Text
-
-    arms = "\n".join(f"{name} {a['mean']:.3g}" + (" (control)" if a["role"] == "control" else "")
+def _numbers(r: Mapping[str, Any]) -> str:
+    detectable = f"a ratio of {r['detectable']:.3g}" if " / " in r["effect_is"] else f"{r['detectable']:.2g}"
+    arms = ", ".join(f"{name} {a['mean']:.3g}" + (" (control)" if a["role"] == "control" else "")
                      for name, a in r["arms"].items())  # fmt: skip
-    effect = f"{r['effect']:.3g} [{r['low']:.3g}, {r['high']:.3g}]\n{r['effect_is']}; {asked(r['region'])}"
-    verdict = Text(r["verdict"], style=COLOURS[r["verdict"]])
-    detectable = f"x {r['detectable']:.3g}" if " / " in r["effect_is"] else f"{r['detectable']:.2g}"
-    return [Text(r["part"]), Text(r["claim"]), Text(arms), Text(effect), Text(detectable), verdict]
+    return (
+        f"{r['effect_is']}: {r['effect']:.3g} [{r['low']:.3g}, {r['high']:.3g}], asked: {asked(r['region'])}; "
+        f"detectable: {detectable} ({r['interval']})\n{r['metric']}: {arms}"
+    )
 
 
 def asked(region: Sequence[float | None]) -> str:
     """The region of a row in words."""
     low, high = region
     if low is None:
-        return f"asked: < {high:g}"
-    return f"asked: > {low:g}" if high is None else f"asked: {low:g} to {high:g}"
+        return f"below {high:g}"
+    return f"above {low:g}" if high is None else f"between {low:g} and {high:g}"

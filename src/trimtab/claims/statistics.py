@@ -14,7 +14,7 @@ from trimtab.core.errors import TrimtabError
 from trimtab.report.intervals import bootstrap_mean, wilson
 
 Kind = Literal["difference", "ratio"]
-FEW = 30  # below this the percentile bootstrap of a mean covers too rarely (about 90% at n = 10), so Student's t is used
+FEW = 30  # below it the percentile bootstrap of a mean covers too rarely, so Student's t is used
 
 
 class ClaimError(TrimtabError):

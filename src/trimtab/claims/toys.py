@@ -63,7 +63,7 @@ class ToyPolicy(nn.Module):
 @piece("collect", state={"ids": first_id}, writes=("obs", "action", "mask", "reward", "terminated", "truncated",
        "logp_behavior", "group", "episode", "turn", "source", "age"))  # fmt: skip
 def toy_rollouts(kit: Kit, *, prompts: int, group: int) -> Batch:
-    """`prompts x group` rows of the policy: `group` tries at each thing drawn; the reward is that of the last decision."""
+    """`prompts x group` rows of the policy: `group` tries at each thing drawn; the last decision is paid."""
     policy: Any = kit.actor("policy")
     obs = kit.environment.draw(prompts, kit.rng("prompts")).repeat_interleave(group, 0)
     logp = policy.logits(obs).log_softmax(-1)
@@ -141,8 +141,9 @@ def token_reward(policy: ToyPolicy) -> float:
     residue = torch.arange(p.shape[-1]) % MODULUS
     place = torch.zeros(*p.shape[:2], MODULUS, dtype=p.dtype).index_add_(2, residue, p)
     total = place[:, 0]
+    missing = (torch.arange(MODULUS)[:, None] - torch.arange(MODULUS)) % MODULUS  # [sum, so far] -> what it takes
     for t in range(1, p.shape[1]):
-        total = torch.stack([(total * place[:, t, (s - torch.arange(MODULUS)) % MODULUS]).sum(1) for s in range(MODULUS)], 1)
+        total = (total[:, None] * place[:, t, missing]).sum(2)
     target: Tensor = policy.target  # type: ignore[assignment]
     return float(total.gather(1, target[:, None]).mean())
 
