@@ -112,6 +112,11 @@ def test_a_failure_names_its_arm_and_seed() -> None:
 # -- full: kept and resumed ----------------------------------------------------------------------------------------
 
 
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    arms = {n: {k: v for k, v in a.items() if k != "seconds"} for n, a in row["arms"].items()}
+    return {**row, "seconds": 0.0, "arms": arms}
+
+
 def test_an_interrupted_full_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     log: list[Any] = []
     whole = measure(synthetic(above(1.5), log=log), full=True, folder=tmp_path / "whole")
@@ -125,8 +130,7 @@ def test_an_interrupted_full_run_goes_on_where_it_stopped(tmp_path: Path) -> Non
     rows = measure(synthetic(above(1.5), log=log), full=True, folder=tmp_path / "cut", say=said.append)
     assert log == [(high, seed) for seed in (2, 3, 4) for high in (1.0, 3.0, 2.0)]
     assert sum("kept" in line for line in said) == 6
-    timeless = [{k: v for k, v in r.items() if k != "seconds"} for r in (*whole, *rows)]
-    assert timeless[0] == timeless[1]
+    assert [timeless(r) for r in whole] == [timeless(r) for r in rows]
     assert len(recorded(path)) == 15
     assert rows[0]["scope"] == "full"
 
@@ -145,6 +149,9 @@ def test_rows_of_the_other_scope_are_kept_in_the_file(tmp_path: Path) -> None:
     path = write(measure(claim, seeds=3), tmp_path)
     write(measure(claim, seeds=4), tmp_path)
     assert [(r["scope"], r["seeds"]) for r in json.loads(path.read_text())] == [("mechanism", 4), ("full", 2)]
+    said = path.with_suffix(".md").read_text()
+    assert "| a | three is enough | method - baseline:" in said
+    assert said.index("Mechanism") < said.index("Effect on `tiny`")
     path.write_text('["x"]')
     with pytest.raises(ClaimError, match="not a list of claim rows"):
         write(measure(claim, seeds=2), tmp_path)
@@ -252,6 +259,12 @@ def test_every_metric_that_a_part_names_is_measured(name: str, monkeypatch: pyte
     study = find_claim(name).mechanism
     values = study.measure(study.arms[study.parts[0].method].make(0), 0)
     assert {p.metric for p in study.parts} <= set(values)
+
+
+def test_equal_steps_are_as_long_as_those_of_grpo() -> None:
+    environment, policy = toys.skill_task()
+    steps = run(bnpo.toy("grpo"), environment, policy, until=bnpo.EARLY, seed=0)
+    assert sum(s.logs["grad_norm"] for s in steps) / bnpo.EARLY == pytest.approx(bnpo.LENGTH, rel=0.05)
 
 
 def test_the_effect_on_tiny_runs_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

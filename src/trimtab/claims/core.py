@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from trimtab import __version__
+from trimtab.claims.page import page
 from trimtab.claims.statistics import ClaimError, Effect, Kind, paired_effect
 from trimtab.core.errors import TrimtabError, nearest
 from trimtab.core.method import Method
@@ -168,7 +169,7 @@ def measure(
 def row(claim: Claim, study: Study, index: int, records: Sequence[Record], seeds: int, scope: str) -> dict[str, Any]:
     """What one part came to, as plain JSON values.
 
-    method, claim, part ("a", "b", ...), scope, metric, arms (`name -> role, what, mean, std, values`), effect,
+    method, claim, part ("a", "b", ...), scope, metric, arms (`name -> role, what, mean, std, seconds, values`), effect,
     effect_is, low, high, interval, region ([low, high], None for unbounded), detectable, verdict, seeds, seconds,
     statement, versions.
     """
@@ -181,6 +182,7 @@ def row(claim: Claim, study: Study, index: int, records: Sequence[Record], seeds
             "what": study.arms[name].what,
             "mean": float(np.mean(values[name])),
             "std": float(np.std(values[name], ddof=1)),
+            "seconds": round(sum(r.seconds for r in records if r.arm == name), 1),
             "values": values[name],
         }
         for name, role in part.arms().items()
@@ -283,7 +285,10 @@ def _append(path: Path, record: Record) -> None:
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
-    """`folder/METHOD.json`: these rows, and those of the other scope if the file has some; returns its path."""
+    """`folder/METHOD.json`: these rows, and those of the other scope if the file has some; returns its path.
+
+    Beside it `METHOD.md`, the same as a page. Raises `ClaimError` when the file is there and is something else.
+    """
     path = folder / f"{rows[0]['method']}.json"
     scope = rows[0]["scope"]
     try:
@@ -293,4 +298,5 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     both = [*rows, *others] if scope == "mechanism" else [*others, *rows]
     path.write_text(json.dumps(both, indent=1, allow_nan=False) + "\n")
+    path.with_suffix(".md").write_text(page(both))
     return path

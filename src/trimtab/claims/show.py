@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.claims import claims, find_claim
 from trimtab.claims.core import measure, write
+from trimtab.claims.page import numbers
 from trimtab.claims.statistics import ClaimError
 
 COLOURS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
@@ -59,18 +60,7 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _numbers(r: Mapping[str, Any]) -> str:
-    detectable = f"a ratio of {r['detectable']:.3g}" if " / " in r["effect_is"] else f"{r['detectable']:.2g}"
+    effect, asked, detectable = numbers(r)
     arms = ", ".join(f"{name} {a['mean']:.3g}" + (" (control)" if a["role"] == "control" else "")
                      for name, a in r["arms"].items())  # fmt: skip
-    return (
-        f"{r['effect_is']}: {r['effect']:.3g} [{r['low']:.3g}, {r['high']:.3g}], asked: {asked(r['region'])}; "
-        f"detectable: {detectable} ({r['interval']})\n{r['metric']}: {arms}"
-    )
-
-
-def asked(region: Sequence[float | None]) -> str:
-    """The region of a row in words."""
-    low, high = region
-    if low is None:
-        return f"below {high:g}"
-    return f"above {low:g}" if high is None else f"between {low:g} and {high:g}"
+    return f"{effect}, asked: {asked}; detectable: {detectable} ({r['interval']})\n{r['metric']}: {arms}"
