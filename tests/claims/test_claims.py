@@ -182,7 +182,7 @@ def test_the_table_says_verdict_effect_and_what_was_asked(capsys: pytest.Capture
     assert main(["claim", "grpo", "--seeds", "3"]) == 0
     said = capsys.readouterr()
     flat = " ".join(said.out.split())
-    for word in ("bounds are numbers", "does not hold", "asked:", "(control)", "3 seeds, Student t"):
+    for word in ("bounds are numbers", "does not hold", "asked:", "(control)", "Student t, 3 seeds"):
         assert word in flat
     assert said.err.count("grpo: ") == 9  # three arms, three seeds
 
