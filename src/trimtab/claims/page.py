@@ -23,7 +23,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         seconds = sum(arm_seconds(mine).values())
         lines += ["", f"## {title}", "", "| | the claim | effect [95%] | asked | detectable | verdict |",
                   "|---|---|---|---|---|---|", *map(_sentence, mine), "", "| | metric | arms: mean ± std over seeds |",
-                  "|---|---|---|", *map(_means, mine), "", "| arm | what it is |", "|---|---|",
+                  "|---|---|---|", *_means(mine), "", "| arm | what it is |", "|---|---|",
                   *(f"| {name} | {what} |" for name, what in _arms(mine).items()), "",
                   f"`{command}`: {mine[0]['seeds']} seeds, {seconds:.0f} s on one thread; "
                   + ", ".join(f"{k} {v}" for k, v in mine[0]["versions"].items()) + "."]  # fmt: skip
@@ -49,9 +49,14 @@ def _sentence(r: Mapping[str, Any]) -> str:
     return f"| {r['part']} | {r['claim']} | {effect} | {asked} | {detectable} | **{r['verdict']}** |"
 
 
-def _means(r: Mapping[str, Any]) -> str:
-    arms = [f"{name} {a['mean']:.3g} ± {a['std']:.2g} ({a['role']})" for name, a in r["arms"].items()]
-    return f"| {r['part']} | `{r['metric']}` | {', '.join(arms)} |"
+def _means(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a metric: the sentences that read it, and every arm that they name."""
+    lines = []
+    for metric in dict.fromkeys(r["metric"] for r in rows):
+        mine = [r for r in rows if r["metric"] == metric]
+        arms = {name: f"{name} {a['mean']:.3g} ± {a['std']:.2g}" for r in mine for name, a in r["arms"].items()}
+        lines.append(f"| {', '.join(r['part'] for r in mine)} | `{metric}` | {'; '.join(arms.values())} |")
+    return lines
 
 
 def _arms(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
