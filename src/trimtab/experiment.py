@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import platform
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,14 @@ from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
 from trimtab.evaluation import Evaluation, evaluate
+from trimtab.interrupt import interruptible
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
 from trimtab.report.live import LiveView
+from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
+from trimtab.report.watchers import Watchers
+from trimtab.report.words import about_loss
 
 SMALL = ("nano", "tiny")
 
@@ -36,7 +38,7 @@ class Request:
 
     steps: turns of the loop. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
-    checkpoints. keep: checkpoints kept. threads: 0 chooses.
+    checkpoints. keep: checkpoints kept. threads: 0 chooses. tensorboard: also write event files.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Request:
     save_every: int = 25
     keep: int = 2
     threads: int = 0
+    tensorboard: bool = False
 
 
 @dataclass
@@ -170,6 +173,8 @@ def command(request: Request) -> str:
         if name == "set":
             for pair in value:
                 words += ["--set", pair]
+        elif name == "tensorboard":
+            words.append(flag)
         else:
             words += [flag, str(value)]
     return shlex.join(words)
@@ -193,6 +198,8 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
 
     mode: "auto" (live on a terminal), "plain", or "silent".
     """
+    if request.tensorboard:
+        needs_tensorboard()
     made = build(settle(request))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     folder = RunFolder(request.out).create(config(made))
@@ -206,6 +213,8 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     """
     folder = RunFolder(path)
     request = request_of(folder)
+    if request.tensorboard:
+        needs_tensorboard()
     made = build(replace(request, steps=steps or request.steps))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
@@ -246,7 +255,10 @@ def _go(
     made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, notes: list[str] | None = None
 ) -> dict[str, Any]:
     request = made.request
-    view = LiveView(request.steps, "turns", title=f"{made.method.name} on {request.env}", mode=mode)  # type: ignore[arg-type]
+    title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
+    view = Watchers(LiveView(request.steps, "turns", title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    if request.tensorboard:
+        view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
         for text in notes or []:
             view.note(text)
@@ -291,7 +303,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
     }
 
 
-def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, step: Step) -> None:
+def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, step: Step) -> None:
     clock = {"seconds": round(tally.seconds, 3), **step.state.clock.counts()}
     logs = {**step.logs, **of_batch(step.batch)}
     folder.write_metrics({"turn": step.turn, **{k: v for k, v in clock.items() if k != "turns"}, **logs})
@@ -301,7 +313,7 @@ def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, turn: int, stage: str
+    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, turn: int, stage: str
 ) -> None:
     result = made.evaluate()
     folder.write_eval({"turn": turn, "seconds": round(tally.seconds, 3), **result.record(), "temperature": 0})
@@ -329,11 +341,13 @@ def of_batch(batch: Batch) -> dict[str, float]:
 
 
 def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
-    """The first group of a batch as transcripts, each token with its credit."""
+    """One group of a batch as transcripts, each token with its credit: the first whose credit is not all zero."""
     batch = step.batch
     if "group" not in batch or "advantage" not in batch:
         return
-    for i in (batch.group == batch.group[0]).nonzero().squeeze(1).tolist():
+    taught = (batch.advantage * batch.mask != 0).any(1).nonzero().squeeze(1)
+    first = batch.group[int(taught[0]) if len(taught) else 0]
+    for i in (batch.group == first).nonzero().squeeze(1).tolist():
         mask = batch.mask[i].bool()
         yield {
             "turn": step.turn,
@@ -345,28 +359,6 @@ def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
             "tokens": [made.policy.decode([t]) for t in batch.action[i][mask].tolist()],
             "credit": batch.advantage[i][mask].tolist(),
         }
-
-
-@contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks the run to finish its turn, save and stop; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            signal.signal(signal.SIGINT, old)
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def evaluate_folder(path: str | Path, *, problems: int | None = None, env: str | None = None) -> dict[str, Any]:

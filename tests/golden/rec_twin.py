@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.golden import twins
 
-LR, PASSES = 15.0, 3  # steps so large that ratios leave [0.4, 3]: otherwise no mask would be looked at
+LR, PASSES = 25.0, 3  # steps so large that ratios leave [0.4, 3]: otherwise no mask would be looked at
 
 # name -> clip mode, weight, std, and the rest; from the table of members, the ring's outer bounds being (0.6, 2.0).
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def rec(
                 rho = s if sequence else math.exp(far[t])
                 on = active(mode, a[i], rho, eps, outer)
                 seen(a[i], rho, on)
-                w = {"none": 1.0, "is": rho, "advantage": math.exp(a[i] / temp)}[weight]
+                w = {"none": 1.0, "is": rho, "token_is": math.exp(far[t]), "advantage": math.exp(a[i] / temp)}[weight]
                 row = row - a[i] * w * x * float(on) + k2 * change[t] ** 2 - forward_kl * x
             row = row + k2_sequence * sum(change.values()) ** 2  # the whole response, squared once
             total, count = total + row, count + len(logs)

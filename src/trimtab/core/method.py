@@ -182,7 +182,8 @@ class Method:
                     f"{author.name} and {edit.by} both swap {edit.path!r}, so they cannot be used together: "
                     f"one would silently undo the other. Choose one of them."
                 )
-        self._keeps(full, f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}", again=author.name == YOU)
+        doing = f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}"
+        self._keeps(full, doing, author.name == YOU, value)
         new = _inside(old, value if rest else replace(value, slot=piece.slot), full)
         text = f"{show(getattr(old, 'core', old))} -> {show(value)}"
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
@@ -298,10 +299,11 @@ class Method:
         """`path` as it was written while there was only the first track."""
         return path.removeprefix(f"{self.tracks[0].name}:") if self.tracks else path
 
-    def _keeps(self, full: str, doing: str, again: bool = False) -> None:
-        """Refuse `doing` when it loses what was asked for at or below `full`; `again`: at `full` itself it may."""
-        here = self._local(full)
-        lost = [p for p in self.explicit if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
+    def _keeps(self, full: str, doing: str, again: bool = False, new: Any = None) -> None:
+        """Refuse `doing` if it loses what was asked for at or below `full` (`again`: below) and is not in `new` too."""
+        here, before, after = self._local(full), self.flatten(), new.flatten(full) if isinstance(new, Piece) else {}
+        asked = [p for p in self.explicit if p == full or p not in after or show(after[p]) != show(before.get(p))]
+        lost = [p for p in asked if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
         if lost:
             raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
 

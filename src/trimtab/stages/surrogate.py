@@ -47,14 +47,16 @@ def token_ratio(batch: Batch, now: Now, *, limit: float = 20.0) -> Tensor:
 def sequence_ratio(batch: Batch, now: Now, *, mean: bool = True, limit: float = 20.0) -> Tensor:
     """`s_i = exp(clamp(sum_t m (logp_t - logp_old_t) / |y_i|, -limit, limit))`, the same at each decision, `[N, T]`.
 
-    mean: divide by the number of decisions (GSPO, Zheng et al. 2025, arXiv 2507.18071, eq. 7); without, the ratio of
-    the whole sequence (RLOO as TRL has it).
+    mean: divide by the number of decisions (GSPO, Zheng et al. 2025, arXiv 2507.18071, eq. 7) and reduce per="row";
+    without, the ratio of the whole sequence (RLOO as TRL has it), to be reduced per="row_sum". Each decision's gradient
+    goes through its own log-probability, `s_i grad logp_t`, so that these reductions give the gradient of `s_i`
+    itself: `s_i / |y_i| sum_t grad logp_t`, and `s_i sum_t grad logp_t`.
     """
-    mask = batch.mask
-    drift = (now["logp"] - old_logp(batch, now)).mul(mask).sum(1, keepdim=True)
+    mask, logp = batch.mask, now["logp"]
+    drift = (logp.detach() - old_logp(batch, now)).mul(mask).sum(1, keepdim=True)
     if mean:
         drift = drift / mask.sum(1, keepdim=True).clamp_min(1)
-    return drift.clamp(-limit, limit).exp().expand(mask.shape)
+    return drift.clamp(-limit, limit).exp() * (logp - logp.detach()).mul(mask).exp()
 
 
 # -- parts: bound ------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def idle(batch: Batch) -> Tensor:
 def _consistent(options: Mapping[str, Any]) -> str | None:
     shape, ratio, bound = options["shape"], options["ratio"], options["bound"]
     if not isinstance(shape, Piece):
-        return f"shape={shape!r} must be one of {nearest('', ('score_function', 'pessimistic'))}"
+        return f"shape={shape!r} must be one of {nearest('', ('score_function', 'pessimistic', *HARD))}"
     if shape.core.name == "score_function" and (ratio is not None or bound is not None):
         return "shape=score_function() uses no ratio and no bound, so they would be ignored; leave them out"
     if shape.core.name != "score_function" and ratio is None:
