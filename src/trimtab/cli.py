@@ -240,7 +240,7 @@ class Claim:
     seeds: int | None = None
     """How many seeds (default: the claim's own)."""
     out: str = ""
-    """A folder for NAME.json (the rows, a JSON list) and NAME.md; rows of the other scope there are kept."""
+    """A folder for NAME.json, the rows as a JSON list; rows of the other scope there are kept."""
     json: bool = False
     """Print a JSON list of rows, and nothing else."""
 

@@ -149,9 +149,6 @@ def test_rows_of_the_other_scope_are_kept_in_the_file(tmp_path: Path) -> None:
     path = write(measure(claim, seeds=3), tmp_path)
     write(measure(claim, seeds=4), tmp_path)
     assert [(r["scope"], r["seeds"]) for r in json.loads(path.read_text())] == [("mechanism", 4), ("full", 2)]
-    said = path.with_suffix(".md").read_text()
-    assert "| a | three is enough | method - baseline:" in said
-    assert said.index("Mechanism") < said.index("Effect on `tiny`")
     path.write_text('["x"]')
     with pytest.raises(ClaimError, match="not a list of claim rows"):
         write(measure(claim, seeds=2), tmp_path)

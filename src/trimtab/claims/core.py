@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from trimtab import __version__
-from trimtab.claims.page import page
 from trimtab.claims.statistics import ClaimError, Effect, Kind, paired_effect
 from trimtab.core.errors import TrimtabError, nearest
 from trimtab.core.method import Method
@@ -287,7 +286,7 @@ def _append(path: Path, record: Record) -> None:
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     """`folder/METHOD.json`: these rows, and those of the other scope if the file has some; returns its path.
 
-    Beside it `METHOD.md`, the same as a page. Raises `ClaimError` when the file is there and is something else.
+    Raises `ClaimError` when the file is there and is something else.
     """
     path = folder / f"{rows[0]['method']}.json"
     scope = rows[0]["scope"]
@@ -298,5 +297,4 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     both = [*rows, *others] if scope == "mechanism" else [*others, *rows]
     path.write_text(json.dumps(both, indent=1, allow_nan=False) + "\n")
-    path.with_suffix(".md").write_text(page(both))
     return path

@@ -9,7 +9,6 @@ from typing import Any
 
 from trimtab.claims import claims, find_claim
 from trimtab.claims.core import measure, write
-from trimtab.claims.page import numbers
 from trimtab.claims.statistics import ClaimError
 
 COLOURS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
@@ -64,3 +63,12 @@ def _numbers(r: Mapping[str, Any]) -> str:
     arms = ", ".join(f"{name} {a['mean']:.3g}" + (" (control)" if a["role"] == "control" else "")
                      for name, a in r["arms"].items())  # fmt: skip
     return f"{effect}, asked: {asked}; detectable: {detectable} ({r['interval']})\n{r['metric']}: {arms}"
+
+
+def numbers(r: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(effect with its interval, what was asked, what could have been detected) of a row, in words."""
+    low, high = r["region"]
+    asked = f"below {high:g}" if low is None else f"above {low:g}" if high is None else f"{low:g} to {high:g}"
+    ratio = " / " in r["effect_is"]
+    detectable = f"a ratio of {r['detectable']:.3g}" if ratio else f"{r['detectable']:.2g}"
+    return f"{r['effect_is']}: {r['effect']:.3g} [{r['low']:.3g}, {r['high']:.3g}]", asked, detectable
