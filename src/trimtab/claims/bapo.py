@@ -92,7 +92,7 @@ def parts(stale: int) -> list[Part]:
 
 # -- on a language model: the same methods, 8 updates of stale rows a batch -----------------------------------------
 
-DECISIONS = 300_000
+DECISIONS = 100_000
 
 
 def tiny_arm(name: str) -> Arm:
@@ -118,6 +118,10 @@ CLAIM = Claim(
                  ("clip-higher", "fixed wide"), above(0.0)),
             Part("tiny's held-out greedy accuracy ends above that of a fixed wide clip", "accuracy", "bapo",
                  "fixed wide", ("grpo", "clip-higher"), above(0.0)),
+            Part("tiny's training reward ends above GRPO's", "reward", "bapo", "grpo", ("clip-higher", "fixed wide"),
+                 above(0.0)),
+            Part("tiny's training reward ends above that of a fixed wide clip", "reward", "bapo", "fixed wide",
+                 ("grpo", "clip-higher"), above(0.0)),
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,

@@ -78,7 +78,7 @@ PARTS = (
 
 # -- on a language model: 16 updates of stale rows a batch ----------------------------------------------------------
 
-DECISIONS = 300_000
+DECISIONS = 100_000
 TINY = ("reinforce", "one-side", "one-side IS", "wide")
 
 
