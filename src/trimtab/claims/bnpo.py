@@ -150,7 +150,9 @@ CLAIM = Claim(
         },
         parts=(
             against("grpo", "tiny's held-out greedy accuracy ends above GRPO's", "accuracy", above(0.0)),
-            against("reinforce", "tiny's held-out greedy accuracy ends above plain REINFORCE's", "accuracy", above(0.0)),
+            against(
+                "reinforce", "tiny's held-out greedy accuracy ends above plain REINFORCE's", "accuracy", above(0.0)
+            ),
             against("grpo", "tiny's training reward ends above GRPO's", "reward", above(0.0)),
             against("reinforce", "tiny's training reward ends above plain REINFORCE's", "reward", above(0.0)),
         ),
