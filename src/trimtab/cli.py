@@ -313,6 +313,33 @@ class Explain:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Put to the test what a paper says about its method; exit code 0 whatever the verdict.
+
+    trimtab claim bapo
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help="A method that has a claim: bnpo, bapo, rec.")] = ""
+    all: bool = False
+    """Every claim there is."""
+    full: bool = False
+    """The effect on a small language model instead of the mechanism: for the background; go on by asking again."""
+    seeds: int | None = None
+    """How many seeds (default: the claim's own)."""
+    out: str = ""
+    """A folder for NAME.json, the rows as a JSON list; rows of the other scope there are kept."""
+    json: bool = False
+    """Print a JSON list of rows, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.claims.show import measured, shown
+
+        rows = measured(self.name, every=self.all, full=self.full, seeds=self.seeds, out=self.out, quiet=self.json)
+        print(json.dumps(rows, indent=1)) if self.json else shown(rows)
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Say what this machine has for trimtab, and what to do about what is missing."""
 
@@ -340,6 +367,7 @@ Command = (
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Claim, subcommand("claim")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 

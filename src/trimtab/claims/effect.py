@@ -1,0 +1,56 @@
+"""The `--full` part of a claim: what a method does to `tiny`, a language model of a million parameters, on sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trimtab.core.loop import run
+from trimtab.core.method import Method
+from trimtab.evaluation import evaluate
+
+SUMS = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
+TOKENS = 6
+SMALL = {"collect.prompts": 32, "collect.group": 8, "collect.new_tokens": TOKENS, "update.lr": 1e-4}
+
+
+def for_tiny(method: Method) -> Method:
+    """The method with the rollouts and the step size that suit `tiny`; whatever else it is stays."""
+    for path, value in SMALL.items():
+        method = method.set(path, value)
+    return method
+
+
+def load(seed: int) -> tuple[Any, Any]:
+    """(environment, policy): the seed is that of the problems' order; the weights are always the same."""
+    from trimtab.environments.text import load_environment
+    from trimtab.policies.builtin import load_policy
+
+    return load_environment(SUMS, seed=seed), load_policy("tiny")
+
+
+def on_tiny(decisions: int, problems: int | None = None) -> Callable[[Method, int], dict[str, float]]:
+    """A study's `measure`: train `tiny` on one-digit sums for so many decisions, then evaluate it.
+
+    accuracy: greedy, on the held-out problems (None: all of them). sampled: one answer a problem at temperature 1.
+    reward: the mean training reward of the last tenth of the run. Every seed starts from the same weights; the seed is
+    that of the problems' order, the rollouts and the shuffling.
+    """
+
+    def measured(method: Method, seed: int) -> dict[str, float]:
+        environment, policy = load(seed)
+        try:
+            rewards = [
+                step.logs["reward"]
+                for step in run(method, environment, {"policy": policy}, until={"decisions": decisions}, seed=seed)
+            ]
+            with torch.no_grad():
+                made = evaluate(policy, environment, problems=problems, new_tokens=TOKENS)
+        finally:
+            environment.close()
+        last = rewards[-max(1, len(rewards) // 10) :]
+        return {"accuracy": made.mean, "sampled": made.sampled, "reward": sum(last) / len(last)}
+
+    return measured
