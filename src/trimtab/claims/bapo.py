@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trimtab.claims.core import Arm, Claim, Part, Study, above
-from trimtab.claims.effect import for_tiny, on_tiny
+from trimtab.claims.effect import LARGER, for_tiny, on_tiny
 from trimtab.claims.statistics import ClaimError
 from trimtab.claims.toys import on_toy, token_entropy, token_reward, token_task
 from trimtab.core.loop import run
@@ -92,11 +92,11 @@ def parts(stale: int) -> list[Part]:
 
 # -- on a language model: the same methods, 8 updates of stale rows a batch -----------------------------------------
 
-DECISIONS = 100_000
+DECISIONS = 150_000
 
 
 def tiny_arm(name: str) -> Arm:
-    return Arm(f"{WHAT[name]}; 8 updates a batch", lambda seed: for_tiny(method_of(name, rows=64, passes=2)))
+    return Arm(f"{WHAT[name]}; 8 updates a batch", lambda seed: for_tiny(method_of(name, rows=128, passes=2)))
 
 
 TINY = ("grpo", "clip-higher", "fixed wide", "bapo")
@@ -125,6 +125,6 @@ CLAIM = Claim(
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,
-        about=f"tiny, {DECISIONS} decisions",
+        about=f"tiny on {LARGER}, {DECISIONS} decisions",
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.claims.core import Arm, Claim, Part, Study, above, below, within
-from trimtab.claims.effect import for_tiny, on_tiny
+from trimtab.claims.effect import LARGER, for_tiny, on_tiny
 from trimtab.claims.toys import equal_step, on_toy, skill_reward, skill_task
 from trimtab.core.loop import run
 from trimtab.core.method import Method
@@ -122,7 +122,7 @@ PARTS = (
 
 # -- on a language model -------------------------------------------------------------------------------------------
 
-DECISIONS = 300_000
+DECISIONS = 150_000
 
 
 def tiny_arm(name: str, what: str) -> Arm:
@@ -158,6 +158,6 @@ CLAIM = Claim(
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,
-        about=f"tiny, {DECISIONS} decisions",
+        about=f"tiny on {LARGER}, {DECISIONS} decisions",
     ),
 )

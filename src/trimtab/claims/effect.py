@@ -1,4 +1,9 @@
-"""The `--full` part of a claim: what a method does to `tiny`, a language model of a million parameters, on sums."""
+"""The `--full` part of a claim: what a method does to `tiny`, a language model of a million parameters.
+
+The task is `toy:larger`: what looks like a sum is to be answered with the larger of its two numbers. `tiny` adds, so it
+is rarely right at first (4 of 104 held-out problems), and what it learns holds for numbers it was not trained on. Sums
+would not do: `tiny` has read the small ones, and in trials GRPO on some of them made it forget the others.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from trimtab.core.loop import run
 from trimtab.core.method import Method
 from trimtab.evaluation import evaluate
 
-SUMS = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
+LARGER, PROMPT = "toy:larger(limit=20)", "{a} + {b} ="
 TOKENS = 6
-SMALL = {"collect.prompts": 32, "collect.group": 8, "collect.new_tokens": TOKENS, "update.lr": 1e-4}
+SMALL = {"collect.prompts": 32, "collect.group": 16, "collect.new_tokens": TOKENS, "update.lr": 2e-4}
 
 
 def for_tiny(method: Method) -> Method:
@@ -28,11 +33,11 @@ def load(seed: int) -> tuple[Any, Any]:
     from trimtab.environments.text import load_environment
     from trimtab.policies.builtin import load_policy
 
-    return load_environment(SUMS, seed=seed), load_policy("tiny")
+    return load_environment(LARGER, seed=seed, prompt=PROMPT), load_policy("tiny")
 
 
 def on_tiny(decisions: int, problems: int | None = None) -> Callable[[Method, int], dict[str, float]]:
-    """A study's `measure`: train `tiny` on one-digit sums for so many decisions, then evaluate it.
+    """A study's `measure`: train `tiny` on the larger number for so many decisions, then evaluate it.
 
     accuracy: greedy, on the held-out problems (None: all of them). sampled: one answer a problem at temperature 1.
     reward: the mean training reward of the last tenth of the run. Every seed starts from the same weights; the seed is

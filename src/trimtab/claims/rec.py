@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from trimtab.claims.core import Arm, Claim, Part, Study, above, within
-from trimtab.claims.effect import for_tiny, on_tiny
+from trimtab.claims.effect import LARGER, for_tiny, on_tiny
 from trimtab.claims.toys import bandit_task, on_toy
 from trimtab.core.loop import run
 from trimtab.core.method import Method
@@ -78,13 +78,13 @@ PARTS = (
 
 # -- on a language model: 16 updates of stale rows a batch ----------------------------------------------------------
 
-DECISIONS = 100_000
+DECISIONS = 150_000
 TINY = ("reinforce", "one-side", "one-side IS", "wide")
 
 
 def tiny_arm(kind: str) -> Arm:
     def make(seed: int) -> Method:
-        return for_tiny(rec_of(kind).but(rows=64, passes=4))
+        return for_tiny(rec_of(kind).but(rows=128, passes=4))
 
     return Arm(f"{KINDS[kind][0]}; 16 updates a batch", make)
 
@@ -114,6 +114,6 @@ CLAIM = Claim(
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,
-        about=f"tiny, {DECISIONS} decisions",
+        about=f"tiny on {LARGER}, {DECISIONS} decisions",
     ),
 )  # fmt: skip
