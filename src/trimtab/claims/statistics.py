@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from trimtab.core.errors import TrimtabError
-from trimtab.report.intervals import bootstrap_mean, wilson
+from trimtab.report.intervals import bootstrap_mean, t_quantile, wilson
 
 Kind = Literal["difference", "ratio"]
 FEW = 30  # below it the percentile bootstrap of a mean covers too rarely, so Student's t is used
@@ -31,37 +31,6 @@ class Effect:
     high: float
     detectable: float
     how: str
-
-
-def student_cdf(t: float, df: int) -> float:
-    """`P(T <= t)` of Student's t with a whole number `df >= 1` of degrees of freedom; exact, a finite sum.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    angle = math.atan(t / math.sqrt(df))
-    cos, square = math.cos(angle), math.cos(angle) ** 2
-    term, total = (cos, 0.0) if df % 2 else (1.0, 0.0)
-    for k in range(1 if df % 2 else 0, df - 1, 2):
-        total += term
-        term *= square * (k + 1) / (k + 2)
-    inside = math.sin(angle) * total
-    middle = 2 / math.pi * (angle + inside) if df % 2 else inside
-    return 0.5 + middle / 2
-
-
-def student_quantile(p: float, df: int) -> float:
-    """`t` with `P(T <= t) = p`, by bisection; p in (0, 1), to about 1e-12 relative."""
-    if not (0 < p < 1 and df >= 1):
-        raise ClaimError(f"a t quantile was asked at p={p} with {df} degrees of freedom; give 0 < p < 1 and df >= 1")
-    if p < 0.5:
-        return -student_quantile(1 - p, df)
-    low, high = 0.0, 1.0
-    while student_cdf(high, df) < p:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
 
 
 def paired_effect(method: Sequence[float], baseline: Sequence[float], kind: Kind = "difference") -> Effect:
@@ -92,7 +61,7 @@ def paired_effect(method: Sequence[float], baseline: Sequence[float], kind: Kind
     if kind == "difference" and np.isin(m, (0, 1)).all() and np.isin(b, (0, 1)).all():
         how, (low, high) = f"Newcombe, {n} seeds", newcombe(m, b)
     elif n < FEW:
-        how, quantiles = f"Student t, {n} seeds", (student_quantile(0.975, n - 1), student_quantile(0.8, n - 1))
+        how, quantiles = f"Student t, {n} seeds", (t_quantile(0.975, n - 1), t_quantile(0.8, n - 1))
         half = quantiles[0] * float(x.std(ddof=1)) / math.sqrt(n)
         low, high = value - half, value + half
     else:
