@@ -44,13 +44,18 @@ def evaluate(policy: Any, environment: Any, *, problems: int | None = 50, new_to
     answers with full marks and its Wilson interval, when every score lies in [0, 1]; otherwise the mean reward and its
     bootstrap interval. Beside it one answer a problem is drawn at temperature 1, with the same noise at every call.
 
-    A score that failed is left out and counted. Raises EnvironmentFailure when all of them failed.
+    A score that failed is left out and counted. Raises EnvironmentFailure when all of them failed, and before anything
+    is sampled when a prompt leaves no room for `new_tokens`: held-out problems are fixed, so none is passed over.
     """
     from trimtab.environments.text import Failure
+    from trimtab.policies.context import too_long
     from trimtab.policies.sampler import Sampling
     from trimtab.report.intervals import mean_interval
 
     asked = environment.held_out(problems)
+    for fault in (too_long(policy, p, new_tokens) for p in asked):
+        if fault is not None:
+            raise EnvironmentFailure(f"a held-out problem is too long: {fault}")
 
     def answered(sampling: Sampling) -> tuple[list[str], list[Any]]:
         made = policy.sampler.sample(prompts, 1, torch.arange(len(prompts)), sampling)  # the same noise every time

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import platform
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,19 @@ import torch
 
 from trimtab import __version__
 from trimtab.core.batch import Batch
-from trimtab.core.errors import MethodError, TrimtabError
+from trimtab.core.errors import CheckpointError, DiskError, MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
 from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
 from trimtab.evaluation import Evaluation, evaluate
+from trimtab.interrupt import interruptible
+from trimtab.limits import check_numbers, check_written
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
 from trimtab.report.live import LiveView
+from trimtab.salvage import export, saved_if_not_finite, standing
 
 SMALL = ("nano", "tiny")
 
@@ -193,6 +194,7 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
 
     mode: "auto" (live on a terminal), "plain", or "silent".
     """
+    check_numbers(request)
     made = build(settle(request))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     folder = RunFolder(request.out).create(config(made))
@@ -206,10 +208,17 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     """
     folder = RunFolder(path)
     request = request_of(folder)
-    made = build(replace(request, steps=steps or request.steps))
+    request = request if steps is None else replace(request, steps=steps)
+    check_numbers(request)
+    made = build(request)
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
     differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
+    if state.seed != request.seed:
+        raise CheckpointError(
+            f"{folder.path}/config.json asks for seed={request.seed}, and the checkpoint is of seed={state.seed}; "
+            f"put {state.seed} back, or start a new run"
+        )
     folder.resume(state.clock.turns)
     seen, past = folder.evaluations(), folder.metrics()
     tally = Tally(seconds=past[-1]["seconds"] if past else 0.0)
@@ -221,11 +230,8 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
 
 def request_of(folder: RunFolder) -> Request:
     """The request that a run folder was made from."""
-    given = folder.config().get("request", {})
-    try:
-        return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
-    except TypeError as e:
-        raise TrimtabError(f"{folder.path}/config.json was written by another version of trimtab: {e}") from None
+    given = check_written(Request, folder.config().get("request"), folder.path / "config.json")
+    return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
 
 
 def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, **more: Any) -> dict[str, Any]:
@@ -233,10 +239,11 @@ def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mo
     try:
         return _go(made, state, folder, tally, mode, **more)
     except TrimtabError as error:
-        saved = checkpoints(folder.checkpoints)
-        where = f"its newest checkpoint is {saved[-1].name}" if saved else "it has no checkpoint yet"
-        error.add_note(f"The run is in {folder.path} and {where}; go on with: trimtab resume {folder.path}")
-        _report(folder)
+        error.add_note(standing(folder))
+        try:
+            _report(folder)
+        except DiskError as another:  # what stopped the run may stop the report: say both
+            error.add_note(str(another))
         raise
     finally:
         made.environment.close()
@@ -255,7 +262,7 @@ def _go(
         models = {"policy": made.policy}
         loop = run(made.method, made.environment, models, until=request.steps, state=state, memory=request.memory)
         started = time.perf_counter()
-        for step in loop:
+        for step in saved_if_not_finite(loop, state, folder, request.keep):
             tally.seconds += time.perf_counter() - started
             _record_turn(made, folder, view, tally, step)
             last = step.turn >= request.steps
@@ -269,7 +276,7 @@ def _go(
                 break
             started = time.perf_counter()
         if not tally.stopped:
-            made.policy.save(folder.model)
+            export(made.policy, folder)
     return _finish(folder, tally, state)
 
 
@@ -345,28 +352,6 @@ def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
             "tokens": [made.policy.decode([t]) for t in batch.action[i][mask].tolist()],
             "credit": batch.advantage[i][mask].tolist(),
         }
-
-
-@contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks the run to finish its turn, save and stop; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            signal.signal(signal.SIGINT, old)
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def evaluate_folder(path: str | Path, *, problems: int | None = None, env: str | None = None) -> dict[str, Any]:

@@ -323,8 +323,7 @@ def load(state: State, path: str | Path) -> list[str]:
         manifest = json.loads((path / "manifest.json").read_text())
     except ValueError as e:
         raise CheckpointError(
-            f"{path / 'manifest.json'} is damaged: {e}. "
-            f"Delete that folder to go on from the checkpoint before it."
+            f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on from the checkpoint before it."
         ) from e
     missing = [k for k in _MANIFEST if not isinstance(manifest, dict) or k not in manifest]
     if missing:
