@@ -499,7 +499,12 @@ def test_the_fingerprint_changes_with_every_option_and_not_otherwise() -> None:
             continue
         whole = type(value) is int
         other = value + 7 if whole else {str: "other", bool: not value, tuple: (0.1, 0.2)}.get(type(value), 0.123)
-        other = {"surrogate.bound.metric": "ratio", "credit.scale": "batch"}.get(path, other)
+        known = {
+            "surrogate.bound.metric": "ratio", "surrogate.bound.order": "low_first",
+            "surrogate.bound.weighting": "none", "surrogate.bound.low": (0.5, 0.6, 0.1),
+            "surrogate.bound.high": (1.5, 1.6, 0.1), "credit.scale": "batch",
+        }  # fmt: skip
+        other = known.get(path, other)
         prints.add(base.swap(path, other).fingerprint())
         changed += 1
     assert changed > 20

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.golden import twins
-from tests.spikes.bapo import bapo, search, share
 from tests.spikes.chord import chord, d3s, widest
 from tests.spikes.tokens import case, token_demonstrations, token_rollouts
 from trimtab.core.loop import run
@@ -37,7 +36,8 @@ BUILT: dict[str, Callable[[], Method]] = {
     "rloo": lambda: toy(find("rloo")()),
     "grpo": lambda: toy(stale()),
     "sft": lambda: toy(find("sft")(), imitate=True),
-    "bapo": lambda: bapo(toy(stale())),
+    "bapo": lambda: find("bapo")(toy(stale())),
+    "bnpo": lambda: toy(find("bnpo")(stale())),
     "chord": lambda: chord(toy(stale())),
 }
 
@@ -73,26 +73,6 @@ def test_grpo_options_agree_with_the_twin(options: dict[str, Any]) -> None:
 
 
 # -- numbers of the cards ----------------------------------------------------------------------------------------
-
-
-def test_bapo_search_follows_the_card() -> None:
-    r, a = torch.tensor([1.5, 0.5, 1.0, 0.5]).double(), torch.tensor([1.0, 1.0, -1.2, -1.2]).double()
-    m = torch.ones(4).double()
-    assert share(r, a, m, 0.6, 1.2, "ratio") == pytest.approx(1.7 / 1.92)
-    for low, q in ((0.65, 0.8586), (0.7, 0.8333), (0.75, 0.8095), (0.8, 0.7870)):
-        assert share(r, a, m, low, 1.2, "ratio") == pytest.approx(q, abs=1e-4)
-    steps = {"target": 1.0, "low": (0.6, 0.8, 0.05), "high": (1.2, 2.0, 0.1), "metric": "ratio"}
-    assert search(r, a, m, order="low_first", **steps) == pytest.approx((0.8, 2.0))  # type: ignore[arg-type]
-    assert search(r, a, m, order="high_first", **steps) == pytest.approx((0.6, 1.5))  # type: ignore[arg-type]
-    balanced = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()
-    assert search(r, balanced, m, order="low_first", **steps) == (0.6, 1.2)  # type: ignore[arg-type]
-
-
-def test_bapo_on_policy_starts_no_search() -> None:
-    ones, a = torch.ones(4).double(), torch.tensor([1.0, -1.0, 0.5, -0.5]).double()
-    for advantage in (a, a.abs()):  # balanced on policy; no negative at all
-        steps = {"target": 1.0, "low": (0.6, 0.8, 0.05), "high": (1.2, 2.0, 0.1), "metric": "ratio"}
-        assert search(ones, advantage, ones, order="high_first", **steps) == (0.6, 1.2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 6])

@@ -107,30 +107,44 @@ def clipped(a: float, r: Tensor, low: float, high: float) -> Tensor:
 def grpo(
     batch: Any, start: Tensor, *, per: str = "token", kl: float = 0.0, bounds: Callable[..., Any] | None = None,
     keep: Callable[..., Any] | None = None, mu: float = 0.0, phi: bool = True,
+    a: dict[int, float] | None = None, clip: tuple[float, float] = (0.8, 1.2), dual: float | None = None,
+    sequence: bool = False, length: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """GRPO; with `bounds` BAPO, with `keep` D3S, with `mu` CHORD."""
-    a = credit(batch, "std")
+    """GRPO; with `bounds` BAPO, with `keep` D3S, with `mu` CHORD, with `a` another credit, with `sequence` GSPO.
+
+    per: "token", "row", "row_sum", or "fixed" with `length` (Dr. GRPO).
+    """
+    a = credit(batch, "std") if a is None else a
     old = {(i, t): float(logp(start, batch, i, t)) for i in rows_of(batch) for t in decisions(batch, i)}
     kept = keep(batch, a, start) if keep else {(i, t) for i, t in old}
 
     def loss(table: Tensor) -> Tensor:
-        low, high = bounds(batch, a, old, kept, table) if bounds else (0.8, 1.2)
+        low, high = bounds(batch, a, old, kept, table) if bounds else clip
         total, count, penalties = table.new_zeros(()), 0, table.new_zeros(())
         row_means = []
         for i in rows_of(batch):
             row, n = table.new_zeros(()), 0
+            drift = [logp(table, batch, i, t) - old[i, t] for t in decisions(batch, i)]
             for t in decisions(batch, i):
                 if (i, t) not in kept:
                     continue
                 now = logp(table, batch, i, t)
                 r = torch.exp(torch.clamp(now - old[i, t], -20, 20))
+                if sequence:
+                    r = torch.exp(sum(drift) / len(drift))  # type: ignore[arg-type]
                 value = clipped(a[i], r, low, high)
+                if dual is not None and a[i] < 0:
+                    value = torch.minimum(value, torch.as_tensor(-dual * a[i]))
                 d = old[i, t] - now  # the reference is the start, where the old policy stands too
                 value = value + kl * (torch.exp(d) - d - 1)
                 row, n = row + value, n + 1
             total, count = total + row, count + n
             row_means.append(row / max(n, 1))
-        made = total / count if per == "token" else sum(row_means) / len(row_means)  # type: ignore[assignment]
+        rows = len(row_means)
+        made = {
+            "token": total / count, "row": sum(row_means) / rows, "row_sum": total / rows,
+            "fixed": total / (rows * (length or 1.0)),
+        }[per]  # fmt: skip
         if mu:
             n = 0
             for i in rows_of(batch, 1):
@@ -145,29 +159,64 @@ def grpo(
     return descend(start, loss, PASSES)
 
 
-def bapo_bounds(batch: Any, a: dict[int, float], old: Any, kept: Any, table: Tensor) -> tuple[float, float]:
-    """BAPO as its card's paper version orders it (fraction metric, high first), without the rollout weighting."""
+def bapo_bounds(
+    batch: Any, a: dict[int, float], old: Any, kept: Any, table: Tensor, *, target: float = 0.4,
+    low: tuple[float, float, float] = (0.6, 0.9, 0.02), high: tuple[float, float, float] = (1.2, 3.0, 0.05),
+    ratio: bool = False, low_first: bool = False, weighted: bool = True,
+) -> tuple[float, float]:  # fmt: skip
+    """BAPO's bounds: by default as its paper has them (fraction, high first, weighted by the rollout probability)."""
 
-    def phi(low: float, high: float) -> float:
+    def phi(at_low: float, at_high: float) -> float:
         positive = negative = 0.0
         for i, t in kept:
             r = float(torch.exp(logp(table.detach(), batch, i, t) - old[i, t]))
+            w = math.exp(float(batch.logp_behavior[i, t])) if weighted else 1.0
             if a[i] >= 0:
-                positive += min(r, high) * a[i]
+                positive += w * min(r, at_high) * a[i]
             else:
-                negative -= max(r, low) * a[i]
-        return positive / (positive + negative) if negative > 0 else math.inf
+                negative -= w * max(r, at_low) * a[i]
+        if negative <= 0:
+            return math.inf
+        return positive / negative if ratio else positive / (positive + negative)
 
-    low, high = 0.6, 1.2
-    while phi(low, high) < 0.4 - 1e-6 and high < 3.0 - 1e-6:
-        high = min(high + 0.05, 3.0)
-    while phi(low, high) < 0.4 - 1e-6 and low < 0.9 - 1e-6:
-        low = min(low + 0.02, 0.9)
-    return low, high
+    at = {"low": low[0], "high": high[0]}
+    for name, most, step in [("low", *low[1:]), ("high", *high[1:])] if low_first else [
+        ("high", *high[1:]), ("low", *low[1:])
+    ]:  # fmt: skip
+        while phi(at["low"], at["high"]) < target - 1e-6 and at[name] < most - 1e-6:
+            at[name] = min(at[name] + step, most)
+    return at["low"], at["high"]
 
 
-def bapo(batch: Any, start: Tensor) -> Tensor:
-    return grpo(batch, start, bounds=bapo_bounds)
+def bapo(batch: Any, start: Tensor, dual: float | None = None, **options: Any) -> Tensor:
+    def bounds(*known: Any) -> tuple[float, float]:
+        return bapo_bounds(*known, **options)
+
+    return grpo(batch, start, bounds=bounds, dual=dual)
+
+
+def bnpo_credit(batch: Any, strength: float = 1 / 3) -> dict[int, float]:
+    """A = (R - p) / BetaPDF(p; 1 + a/3, 1 + b/3), (a, b) by the moments of the prompts' success rates."""
+    r = scores(batch)
+    rate = {int(batch.group[i]): sum(r[j] for j in group_members(batch, i)) / len(group_members(batch, i)) for i in r}
+    p = list(rate.values())
+    mu = sum(p) / len(p)
+    s2 = sum((x - mu) ** 2 for x in p) / (len(p) - 1)
+    alpha = beta = 1.0
+    if s2 > 1e-8:
+        kappa = mu * (1 - mu) / s2 - 1
+        alpha, beta = max(1.0, 1 + strength * kappa * mu), max(1.0, 1 + strength * kappa * (1 - mu))
+    area = math.gamma(alpha) * math.gamma(beta) / math.gamma(alpha + beta)
+    made = {}
+    for i in r:
+        x = rate[int(batch.group[i])]
+        density = x ** (alpha - 1) * (1 - x) ** (beta - 1) / area
+        made[i] = (r[i] - x) * (min(1 / density, 1e6) if density > 0 else 1e6)
+    return made
+
+
+def bnpo(batch: Any, start: Tensor, strength: float = 1 / 3) -> Tensor:
+    return grpo(batch, start, a=bnpo_credit(batch, strength))
 
 
 def chord(batch: Any, start: Tensor) -> Tensor:
@@ -189,5 +238,6 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "grpo": grpo,
     "sft": sft,
     "bapo": bapo,
+    "bnpo": bnpo,
     "chord": chord,
 }

@@ -42,6 +42,20 @@ def token_ratio(batch: Batch, now: Now, *, limit: float = 20.0) -> Tensor:
     return (now["logp"] - old_logp(batch, now)).mul(batch.mask).clamp(-limit, limit).exp()
 
 
+@piece("part", reads=("logp_old", "mask"), wants=("logp",))
+def sequence_ratio(batch: Batch, now: Now, *, mean: bool = True, limit: float = 20.0) -> Tensor:
+    """`s_i = exp(clamp(sum_t m (logp_t - logp_old_t) / |y_i|, -limit, limit))`, the same at each decision, `[N, T]`.
+
+    mean: divide by the number of decisions (GSPO, Zheng et al. 2025, arXiv 2507.18071, eq. 7); without, the ratio of
+    the whole sequence (RLOO as TRL has it).
+    """
+    mask = batch.mask
+    drift = (now["logp"] - old_logp(batch, now)).mul(mask).sum(1, keepdim=True)
+    if mean:
+        drift = drift / mask.sum(1, keepdim=True).clamp_min(1)
+    return drift.clamp(-limit, limit).exp().expand(mask.shape)
+
+
 # -- parts: bound ------------------------------------------------------------------------------------------------
 
 
@@ -67,13 +81,25 @@ def score_function(batch: Batch, now: Now, advantage: Tensor, ratio: None, bound
     return -advantage * now["logp"]
 
 
-@piece("part")
-def pessimistic(batch: Batch, now: Now, advantage: Tensor, ratio: Tensor, bound: Bound | None) -> Tensor:
-    """`-min(r A, clip(r, low, high) A)` (PPO, eq. 7); without a bound, `-r A`."""
+def _dual_sane(options: Mapping[str, Any]) -> str | None:
+    dual = options["dual"]
+    return None if dual is None or dual > 1 else f"dual={dual} must be above 1: it holds ratios that are too large"
+
+
+@piece("part", validate=_dual_sane)
+def pessimistic(
+    batch: Batch, now: Now, advantage: Tensor, ratio: Tensor, bound: Bound | None, *, dual: float | None = None
+) -> Tensor:
+    """`-min(r A, clip(r, low, high) A)` (PPO, eq. 7); without a bound, `-r A`.
+
+    dual: where A < 0 the value is at most `-dual A` (dual clip, Ye et al. 2020, arXiv 1912.09729, eq. 5; 3 in verl).
+    """
     if bound is None:
-        return -ratio * advantage
-    low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
-    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        value = -ratio * advantage
+    else:
+        low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
+        value = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    return value if dual is None else torch.where(advantage < 0, value.clamp(max=-dual * advantage), value)
 
 
 # -- the surrogate -----------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def rloo(base: Method, *, leave_out: bool = True) -> Method:
     presets={
         "paper": {"kl": 0.04, "per": "row"},
         "trl": {"per": "token", "eps": 1e-4},
-        "verl": {"per": "token", "eps": 1e-6},
+        "verl": {"per": "token", "eps": 1e-6, "dual": 3.0},
     },
 )
 def grpo(
@@ -83,6 +83,7 @@ def grpo(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual: float | None = None,
     scale: str = "group",
     ddof: int = 1,
     eps: float = 1e-4,
@@ -98,9 +99,10 @@ def grpo(
     per: "token" (TRL's and verl's default) or "row" (the paper: mean of the rows' token means). ddof: 1 in both
     libraries, the paper does not say. kl: 0 (TRL's default); the paper has 0.04 with k3 in the loss. rows, passes: rows
     per update (None: all) and passes over a batch; with the defaults the ratio is 1, and the bound inert.
-    verl's dual clip (c = 3) is left out: it binds only for A < 0 and r > 3.
+    dual: verl's dual clip (3 there, none in TRL and in the paper); it binds only for A < 0 and r > dual.
     """
-    clipped = surrogate(ratio=token_ratio(), bound=clip(clip_low, clip_high), shape=pessimistic(), per=per)
+    shape = pessimistic(dual=dual)
+    clipped = surrogate(ratio=token_ratio(), bound=clip(clip_low, clip_high), shape=shape, per=per)
     made = (
         base.swap("credit", group_normalised(scale=scale, ddof=ddof, eps=eps))
         .swap("surrogate", clipped)
