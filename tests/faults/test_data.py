@@ -140,14 +140,14 @@ def test_what_was_passed_over_is_passed_over_again_after_a_resume(
         if path:
             load(state, path)
         logs = [step.logs for step in run(method, environment, policy, until=until, state=state)]
-        save(state, "saved")
+        save(state, f"until-{until}")
         passed.append([log["too_long"] for log in logs])
         return {k: v.tolist() for k, v in policy.state_dict().items()}
 
     passed: list[list[float]] = []
     straight = go(0, 5, None)
     go(0, 1, None)
-    assert go(7, 5, "saved") == straight
+    assert go(7, 5, "until-1") == straight
     assert passed == [[0, 1, 0, 0, 0], [0], [1, 0, 0, 0]]
 
 
