@@ -83,7 +83,9 @@ def test_every_scalar_counts_as_its_number(value: str, reward: float, say: Say) 
 
 @pytest.mark.parametrize("value", ["numpy.zeros(2)", "numpy.float32('nan')", "numpy.array(['a'])"])
 def test_an_array_or_a_nan_of_numpy_is_a_failure(value: str, say: Say) -> None:
-    ref = write("array_" + "".join(c for c in value if c.isalnum()), f"import numpy\ndef grade(p, t):\n    return {value}\n")
+    ref = write(
+        "array_" + "".join(c for c in value if c.isalnum()), f"import numpy\ndef grade(p, t):\n    return {value}\n"
+    )
     environment = load_environment("toy:sum", reward=ref)
     (failure,) = environment.score(environment.draw(1), ["1"])
     assert getattr(failure, "kind", failure) in ("not-a-number", "not-finite")
