@@ -69,7 +69,7 @@ CHILD = textwrap.dedent("""
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def killed(mode, most):
-        """Attempts until one ends by itself, and the checkpoints that each of them found."""
+        # Attempts until one ends by itself, and the checkpoints that each of them found.
         kills, codes, seen, out = 0, [], [], root / mode
         while not codes or codes[-1] == -signal.SIGKILL:
             seen.append([c.name for c in checkpoints(out / "checkpoints")])
@@ -107,9 +107,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 
 @pytest.mark.parametrize("mode", ["random", "within"])
-def test_a_run_killed_again_and_again_ends_at_the_same_bits(
-    mode: str, runs: tuple[Path, dict[str, Any], str]
-) -> None:
+def test_a_run_killed_again_and_again_ends_at_the_same_bits(mode: str, runs: tuple[Path, dict[str, Any], str]) -> None:
     folder, answers, errors = runs
     said, mine, whole = answers[mode], folder / mode, folder / "whole"
     assert said["codes"][-1] == 0, errors
