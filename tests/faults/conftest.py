@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.common import Say
 from trimtab.environments import scoring
+from trimtab.report import html
 
 
 def letters(problem: Any, text: str) -> float:
@@ -19,10 +20,15 @@ def letters(problem: Any, text: str) -> float:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _rewards_differ() -> Iterator[None]:
-    """A random policy never answers a sum, so its parameters would not move and every comparison would be empty."""
+def _quick_runs_that_learn() -> Iterator[None]:
+    """Two changes to the runs of these tests.
+
+    A random policy never answers a sum, so its parameters would not move and every comparison would be empty: rewards
+    follow the letters. Reports are written without their plots, which take a second each.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(scoring.FAST, "exact", letters)
+        patch.setattr(html, "_curves", lambda *_: "")
         yield
 
 

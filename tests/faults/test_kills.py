@@ -33,7 +33,7 @@ CHILD = textwrap.dedent("""
 
     scoring.FAST["exact"] = letters
     root, dice = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    html.write_report = lambda folder: folder  # two seconds of plots would be where every kill lands
+    html.write_report = lambda folder: folder  # plots would be where most kills land
     STEPS = ("_write", "save_file", "_digest", "_sync")
 
     def die_within(name, nth):
