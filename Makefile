@@ -9,12 +9,13 @@ RECIPE := --steps 60 --set collect.group=16 --set collect.new_tokens=8 --set col
 OUT    ?= runs/main-job
 SEED   ?= 0
 
-.PHONY: help setup run test lint types format clean
+.PHONY: help setup run test lint types format docs clean
 
 help:
 	@echo "make run     install, fetch the model, run the main job, say where its report is"
 	@echo "make test    install, run the whole suite"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    write docs/methods, a page per method, from the methods' definitions"
 
 setup: $(STAMP)
 
@@ -43,6 +44,9 @@ lint: setup
 format: setup
 	$(VENV)/bin/ruff check --fix src tests
 	$(VENV)/bin/ruff format src tests
+
+docs: setup
+	$(PY) -m trimtab.pages docs/methods
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

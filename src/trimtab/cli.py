@@ -66,6 +66,8 @@ class Train:
     """Checkpoints kept."""
     threads: int = 0
     """CPU threads; 0 chooses: the idle cores for a real model, 1 for a small one."""
+    tensorboard: bool = False
+    """Also write OUT/tensorboard, to be read by `tensorboard --logdir` (needs the extra `tensorboard`)."""
     json: bool = False
     """Print one JSON object at the end, and nothing else."""
 
@@ -113,15 +115,45 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Methods:
-    """List the methods: what each changes, and in which stages."""
+class Export:
+    """Write the model of a run, finished or interrupted, into a folder for `from_pretrained`."""
 
+    run: Folder
+    out: str | None = None
+    """The folder to write, absent or empty (default: DIR/export/turn-N)."""
+    checkpoint: str = "newest"
+    """newest, best (the highest held-out mean among those kept), or the number of a turn."""
+    merge: bool = False
+    """Add the low-rank adapter to the weights, instead of writing an adapter folder."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.export import export
+
+        made = export(self.run, out=self.out, checkpoint=self.checkpoint, merge=self.merge)
+        if self.json:
+            print(json.dumps(made))
+        else:
+            print(f"{made['kind']} of turn {made['turn']}: {made['model']}")
+            print(f"load it with AutoModelForCausalLM.from_pretrained({made['model']!r})")
+        return 0
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods, or search them: what each changes, and in which stages."""
+
+    search: str | None = None
+    """Words of a name, alias, title, arXiv id, preset or idea; all must be found. None found is no error (exit 0)."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
     def __call__(self) -> int:
         from trimtab.describe import method_rows
 
+        if self.search is not None:
+            return self._found(self.search)
         rows = method_rows()
         if self.json:
             print(json.dumps(rows, indent=1))
@@ -129,6 +161,21 @@ class Methods:
         heads = ["name", "base", "world", "what it is", "paper", "stages it sets"]
         keys = ("name", "base", "world", "title", "arxiv")
         _table("methods", heads, [[*(r[k] or "-" for k in keys), ", ".join(r["stages"])] for r in rows])
+        return 0
+
+    def _found(self, text: str) -> int:
+        from trimtab.describe import method_rows
+        from trimtab.search import nothing_found, search
+
+        hits, rows = search(text), {r["name"]: r for r in method_rows()}
+        if self.json:
+            found = [{**rows[h.definition.name], "score": h.score, "why": list(h.why)} for h in hits]
+            print(json.dumps(found, indent=1))
+        if not hits:
+            print(nothing_found(text), file=sys.stderr if self.json else sys.stdout)
+        elif not self.json:
+            lines = [[h.definition.name, h.definition.title, h.definition.arxiv or "-", "; ".join(h.why)] for h in hits]
+            _table(f"methods with {text!r}", ["name", "what it is", "paper", "found in"], lines)
         return 0
 
 
@@ -202,6 +249,7 @@ Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Resume, subcommand("resume")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]

@@ -26,6 +26,9 @@ from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
 from trimtab.report.live import LiveView
+from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
+from trimtab.report.watchers import Watchers
+from trimtab.report.words import about_loss
 from trimtab.salvage import export, saved_if_not_finite, standing
 
 SMALL = ("nano", "tiny")
@@ -37,7 +40,7 @@ class Request:
 
     steps: turns of the loop. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
-    checkpoints. keep: checkpoints kept. threads: 0 chooses.
+    checkpoints. keep: checkpoints kept. threads: 0 chooses. tensorboard: also write event files.
     """
 
     method: str
@@ -60,6 +63,7 @@ class Request:
     save_every: int = 25
     keep: int = 2
     threads: int = 0
+    tensorboard: bool = False
 
 
 @dataclass
@@ -171,6 +175,8 @@ def command(request: Request) -> str:
         if name == "set":
             for pair in value:
                 words += ["--set", pair]
+        elif name == "tensorboard":
+            words.append(flag)
         else:
             words += [flag, str(value)]
     return shlex.join(words)
@@ -195,6 +201,8 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     mode: "auto" (live on a terminal), "plain", or "silent".
     """
     check_numbers(request)
+    if request.tensorboard:
+        needs_tensorboard()
     made = build(settle(request))
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     folder = RunFolder(request.out).create(config(made))
@@ -210,6 +218,8 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     request = request_of(folder)
     request = request if steps is None else replace(request, steps=steps)
     check_numbers(request)
+    if request.tensorboard:
+        needs_tensorboard()
     made = build(request)
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
@@ -253,7 +263,10 @@ def _go(
     made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, notes: list[str] | None = None
 ) -> dict[str, Any]:
     request = made.request
-    view = LiveView(request.steps, "turns", title=f"{made.method.name} on {request.env}", mode=mode)  # type: ignore[arg-type]
+    title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
+    view = Watchers(LiveView(request.steps, "turns", title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    if request.tensorboard:
+        view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
         for text in notes or []:
             view.note(text)
@@ -298,7 +311,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
     }
 
 
-def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, step: Step) -> None:
+def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, step: Step) -> None:
     clock = {"seconds": round(tally.seconds, 3), **step.state.clock.counts()}
     logs = {**step.logs, **of_batch(step.batch)}
     folder.write_metrics({"turn": step.turn, **{k: v for k, v in clock.items() if k != "turns"}, **logs})
@@ -308,7 +321,7 @@ def _record_turn(made: Experiment, folder: RunFolder, view: LiveView, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: LiveView, tally: Tally, turn: int, stage: str
+    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, turn: int, stage: str
 ) -> None:
     result = made.evaluate()
     folder.write_eval({"turn": turn, "seconds": round(tally.seconds, 3), **result.record(), "temperature": 0})
@@ -336,11 +349,13 @@ def of_batch(batch: Batch) -> dict[str, float]:
 
 
 def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
-    """The first group of a batch as transcripts, each token with its credit."""
+    """One group of a batch as transcripts, each token with its credit: the first whose credit is not all zero."""
     batch = step.batch
     if "group" not in batch or "advantage" not in batch:
         return
-    for i in (batch.group == batch.group[0]).nonzero().squeeze(1).tolist():
+    taught = (batch.advantage * batch.mask != 0).any(1).nonzero().squeeze(1)
+    first = batch.group[int(taught[0]) if len(taught) else 0]
+    for i in (batch.group == first).nonzero().squeeze(1).tolist():
         mask = batch.mask[i].bool()
         yield {
             "turn": step.turn,

@@ -21,7 +21,7 @@ from trimtab.core.registry import Definition, Neutral, find, method, methods, pa
 from trimtab.core.schedules import linear
 from trimtab.stages.annotate import logp_old
 from trimtab.stages.credit import group_mean, group_normalised, leave_one_out
-from trimtab.stages.surrogate import clip, pessimistic, scaled, surrogate, token_ratio
+from trimtab.stages.surrogate import clip, pessimistic, scaled, score_function, surrogate, token_ratio
 from trimtab.stages.terms import kl_penalty, nll
 from trimtab.stages.update import adamw, sgd
 
@@ -347,6 +347,17 @@ def test_a_method_does_not_overwrite_an_option_that_was_asked_for() -> None:
         deeper(toy_grpo().set("surrogate.bound.high", 0.28))
     with pytest.raises(MethodError, match=r"'credit' was set; it would be ignored"):
         other_credit(rloo(leave_out=False))
+
+
+def test_an_option_that_the_new_piece_carries_on_is_not_lost() -> None:
+    @made("plain")
+    def plain(base: Method) -> Method:
+        return base.swap("surrogate", surrogate(shape=score_function(), per=base.get("surrogate.per")))
+
+    made_of = plain(toy_grpo().set("surrogate.per", "row"))
+    assert made_of.get("surrogate.per") == "row"
+    with pytest.raises(MethodError, match=r"'surrogate.per' was set; it would be ignored"):
+        grpo(reinforce(per="row"))
 
 
 def test_a_method_does_not_set_again_what_you_have_set() -> None:

@@ -12,6 +12,8 @@ from tests.faults.common import ENV, Say, ask, refused
 from trimtab import experiment
 from trimtab.cli import main
 from trimtab.core.errors import MethodError, TrimtabError
+from trimtab.core.loop import run
+from trimtab.core.registry import find
 from trimtab.core.schedules import linear
 from trimtab.environments.text import load_environment
 from trimtab.experiment import resume, train
@@ -114,6 +116,12 @@ def test_resume_refuses_a_number_of_turns_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(MethodError, match=f"steps={steps} must be a whole number of at least 1"):
             resume(tmp_path / "a", steps=steps, mode="silent")
     assert len(RunFolder(tmp_path / "a").metrics()) == 2
+
+
+@pytest.mark.parametrize("memory", [0, -1, 2.5])
+def test_the_loop_refuses_memory_for_no_rows(memory: Any) -> None:
+    with pytest.raises(MethodError, match=f"memory={memory} must be a whole number"):
+        next(run(find("grpo")(), load_environment(ENV), load_policy("nano"), until=1, memory=memory))
 
 
 @pytest.mark.parametrize(

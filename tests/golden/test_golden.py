@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.golden import twins
+from tests.golden import rec_twin, twins
 from tests.spikes.chord import chord, d3s, widest
-from tests.spikes.tokens import case, token_demonstrations, token_rollouts
+from tests.spikes.tokens import case, token_demonstrations, token_pairs, token_rollouts
 from trimtab.core.loop import run
 from trimtab.core.method import Method
+from trimtab.core.piece import Piece
 from trimtab.core.registry import find, methods
 from trimtab.stages.update import sgd
 
 torch.set_num_threads(1)
 
 
-def toy(method: Method, *, imitate: bool = False) -> Method:
+def toy(method: Method, collect: Piece | None = None) -> Method:
     """On toy tokens, with plain gradient descent."""
-    collect = token_demonstrations() if imitate else token_rollouts(prompts=3, group=4)
+    collect = collect or token_rollouts(prompts=3, group=4)
     made = replace(method.swap("collect", collect), explicit=())
     return made.swap("update", sgd(lr=twins.LR))
 
@@ -35,10 +36,16 @@ BUILT: dict[str, Callable[[], Method]] = {
     "reinforce": lambda: toy(find("reinforce")()),
     "rloo": lambda: toy(find("rloo")()),
     "grpo": lambda: toy(stale()),
-    "sft": lambda: toy(find("sft")(), imitate=True),
+    "sft": lambda: toy(find("sft")(), token_demonstrations()),
+    "dr_grpo": lambda: toy(find("dr_grpo")(stale(), length=7.0)),
+    "gspo": lambda: toy(find("gspo")(stale())),
+    "gpg": lambda: toy(find("gpg")()),
+    "dapo": lambda: toy(find("dapo")(stale(), buffer=0.5)).set("credit.limit", 4),
+    "dpo": lambda: toy(find("dpo")(), token_pairs()),
     "bapo": lambda: find("bapo")(toy(stale())),
     "bnpo": lambda: toy(find("bnpo")(stale())),
     "chord": lambda: chord(toy(stale())),
+    "rec": lambda: toy(find("rec")(find("grpo")(passes=rec_twin.PASSES))).set("update.lr", rec_twin.LR),
 }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.golden import rec_twin
+
 PASSES = 2
 LR = 0.5
 
@@ -46,9 +48,9 @@ def group_members(batch: Any, i: int) -> list[int]:
     return [j for j in rows_of(batch) if int(batch.group[j]) == int(batch.group[i])]
 
 
-def credit(batch: Any, kind: str, eps: float = 1e-4) -> dict[int, float]:
+def credit(batch: Any, kind: str, eps: float = 1e-4, r: dict[int, float] | None = None) -> dict[int, float]:
     """kind: "mean", "loo" or "std" (card `_baselines-language`: REINFORCE with baseline, RLOO, GRPO with ddof 1)."""
-    r, made = scores(batch), {}
+    r, made = scores(batch) if r is None else r, {}
     for i in r:
         members = group_members(batch, i)
         n = len(members)
@@ -71,8 +73,8 @@ def descend(table: Tensor, loss_of: Callable[[Tensor], Tensor], passes: int) -> 
     return table
 
 
-def reinforce(batch: Any, start: Tensor, kind: str = "mean") -> Tensor:
-    a = credit(batch, kind)
+def reinforce(batch: Any, start: Tensor, kind: str = "mean", a: dict[int, float] | None = None) -> Tensor:
+    a = credit(batch, kind) if a is None else a
 
     def loss(table: Tensor) -> Tensor:
         total, count = table.new_zeros(()), 0
@@ -219,6 +221,76 @@ def bnpo(batch: Any, start: Tensor, strength: float = 1 / 3) -> Tensor:
     return grpo(batch, start, a=bnpo_credit(batch, strength))
 
 
+def dr_grpo(batch: Any, start: Tensor, length: float = 7.0) -> Tensor:
+    return grpo(batch, start, a=credit(batch, "mean"), per="fixed", length=length)
+
+
+def gspo(batch: Any, start: Tensor) -> Tensor:
+    return grpo(batch, start, per="row", clip=(1 - 3e-4, 1 + 4e-4), sequence=True)
+
+
+def dapo(batch: Any, start: Tensor, limit: int = 4, buffer: float = 0.5, penalty: float = 0.5) -> Tensor:
+    """The batch has live groups only; its rewards are the environment's, and the punishment is added here."""
+    r = {}
+    for i, score in scores(batch).items():
+        length = len(decisions(batch, i))
+        r[i] = score + penalty * min(0.0, ((limit - buffer * limit) - length) / (buffer * limit))
+    return grpo(batch, start, a=credit(batch, "std", r=r), clip=(0.8, 1.28))
+
+
+def gpg(batch: Any, start: Tensor, kind: str = "valid") -> Tensor:
+    a, r = credit(batch, "mean"), scores(batch)
+    dead = [i for i in r if all(r[j] == r[i] for j in group_members(batch, i))]
+    factor = {"valid": len(r) / max(1, len(r) - len(dead)),
+              "nonzero": len(r) / max(1, sum(x != 0 for x in r.values()))}[kind]  # fmt: skip
+    return reinforce(batch, start, a={i: factor * x for i, x in a.items()})
+
+
+def rloo_trl(batch: Any, start: Tensor, reference: Tensor, kl: float = 0.05) -> Tensor:
+    """Leave-one-out on rewards less the KL to the reference, and the clipped ratio of whole sequences."""
+    r = {}
+    for i, score in scores(batch).items():
+        r[i] = score
+        for t in decisions(batch, i):
+            r[i] -= kl * float(logp(start, batch, i, t) - logp(reference, batch, i, t))
+    a = credit(batch, "loo", r=r)
+    old = {i: sum(float(logp(start, batch, i, t)) for t in decisions(batch, i)) for i in rows_of(batch)}
+
+    def loss(table: Tensor) -> Tensor:
+        total = table.new_zeros(())
+        for i in rows_of(batch):
+            now = sum(logp(table, batch, i, t) for t in decisions(batch, i))
+            total = total + clipped(a[i], torch.exp(now - old[i]), 0.8, 1.2)  # type: ignore[arg-type]
+        return total / len(rows_of(batch))
+
+    return descend(start, loss, PASSES)
+
+
+def dpo(batch: Any, start: Tensor, beta: float = 0.1, shape: str = "sigmoid", smoothing: float = 0.0) -> Tensor:
+    """One turn from the reference itself."""
+
+    def loss(table: Tensor) -> Tensor:
+        total, pairs = table.new_zeros(()), sorted({int(p) for p in batch.pair})
+        for pair in pairs:
+            h: dict[bool, Any] = {}
+            for i in range(len(batch)):
+                if int(batch.pair[i]) == pair:
+                    places = decisions(batch, i)
+                    drift = sum(logp(table, batch, i, t) - float(logp(start, batch, i, t)) for t in places)
+                    h[bool(batch.preferred[i])] = drift / len(places) if shape == "ipo" else drift
+            d = h[True] - h[False]
+            if shape == "sigmoid":
+                total = total - (1 - smoothing) * torch.log(1 / (1 + torch.exp(-beta * d)))
+                total = total - smoothing * torch.log(1 / (1 + torch.exp(beta * d)))
+            elif shape == "hinge":
+                total = total + torch.clamp(1 - beta * d, min=0)
+            else:
+                total = total + (d - 1 / (2 * beta)) ** 2
+        return total / len(pairs)
+
+    return descend(start, loss, 1)
+
+
 def chord(batch: Any, start: Tensor) -> Tensor:
     return grpo(batch, start, mu=0.1)
 
@@ -239,5 +311,11 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sft": sft,
     "bapo": bapo,
     "bnpo": bnpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "gpg": gpg,
+    "dpo": dpo,
     "chord": chord,
+    "rec": lambda batch, start: rec_twin.rec(batch, start),
 }

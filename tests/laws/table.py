@@ -43,14 +43,19 @@ class Entry:
         return self.shrink(self.definition(stand(), **neutral.options)), self.shrink(stand(**neutral.base_options))
 
 
-def _registered(definition: Definition) -> Entry:
+def _registered(definition: Definition) -> list[Entry]:
+    """The method with its defaults, and with each of its presets: `rec`, `rec[opmd]`, ..."""
     small = case(definition.case)
 
     def make(seed: int) -> tuple[Any, Mapping[str, nn.Module]]:
         fresh = case(definition.case, seed)
         return fresh.environment, fresh.models
 
-    return Entry(definition.name, lambda: small.shrink(definition()), make, definition, shrink=small.shrink)
+    def preset(name: str) -> Entry:
+        return Entry(f"{definition.name}[{name}]", lambda: small.shrink(definition(preset=name)), make)
+
+    plain = Entry(definition.name, lambda: small.shrink(definition()), make, definition, shrink=small.shrink)
+    return [plain, *(preset(name) for name in definition.presets)]
 
 
 def _spike(name: str, build: Build, definition: Definition | None = None) -> Entry:
@@ -61,7 +66,7 @@ def table() -> dict[str, Entry]:
     """All entries by name."""
     toy = bapo_spike.toy_grpo
     bapo, d3s, chord = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord
-    rows = [_registered(d) for d in methods().values()]
+    rows = [entry for d in methods().values() for entry in _registered(d)]
     rows += [
         _spike("spike:bapo", lambda: bapo(toy()), bapo),
         _spike("spike:d3s", lambda: d3s(toy()), d3s),

@@ -65,6 +65,39 @@ def test_gap_failures_clip_and_lost_numbers_in_order_of_gravity():
     assert kinds(turns(clip_low=0.3, clip_high=0.3)) == ["clip"]
 
 
+def test_a_few_turns_are_not_judged():
+    bad = {"dead_groups": 1.0, "reward": 0.0, "clip_low": 0.9, "sampler_gap": 1.0}
+    assert diagnose(turns(n=4, **bad)) == []
+    assert kinds(turns(n=5, **bad)) == ["gap", "clip", "dead"]
+
+
+def test_the_gap_is_the_mean_difference_of_log_probabilities():
+    (sentence,) = diagnose(turns(sampler_gap=0.25))
+    assert "0.25 nats a decision" in sentence
+    assert "log-probabilities" in sentence
+    assert diagnose(turns(sampler_gap=0.03)) == [], "what bfloat16 gives"
+    ((panel, keys),) = arrange(turns(sampler_gap=0.25))
+    assert "KL" not in panel.title
+    assert panel.unit == "nats per decision"
+    assert keys == [("sampler_gap", "")]
+
+
+def test_turns_without_a_gradient_are_not_what_is_usual():
+    assert kinds(turns(grad_norm=lambda t: 12.0 if t == 30 else float(t % 4 == 0))) == ["grad-norm"]
+    assert diagnose(turns(grad_norm=lambda t: float(t % 4 == 0))) == []
+
+
+def test_numbers_of_every_track_go_where_they_belong():
+    record = {"policy/grad_norm": 1, "critic/grad_norm": 2, "critic/loss": 3, "critic/odd": 4}
+    panels = {panel.title: keys for panel, keys in arrange([record])}
+    assert panels["Gradient norm"] == [
+        ("policy/grad_norm", "policy/grad_norm"), ("critic/grad_norm", "critic/grad_norm"),
+    ]  # fmt: skip
+    assert panels["Loss"] == [("critic/loss", "critic/loss")]
+    assert panels["Critic"] == [("critic/odd", "")]
+    assert look_up(record, "grad_norm") == 1
+
+
 def test_every_number_is_shown_once():
     record = {
         "turn": 1, "seconds": 2.0, "reward": 0.5, "reward_low": 0.4, "reward_high": 0.6, "policy/entropy": 1.0,

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from trimtab.report import live
 from trimtab.report.live import LiveView, sparkline
+from trimtab.report.watchers import Watchers
+from trimtab.report.words import LOSS_SHOULD_FALL, WHY_LOSS_IS_ZERO, about_loss
 
 
 def plain(**options):
@@ -15,32 +19,50 @@ def plain(**options):
     return LiveView(console=Console(file=out, width=100), **options), out
 
 
-def terminal(**options):
+def terminal(width=100, **options):
     out = io.StringIO()
-    return LiveView(console=Console(file=out, width=100, force_terminal=True), **options), out
+    return LiveView(console=Console(file=out, width=width, force_terminal=True), **options), out
 
 
-def drive(view, turns=10):
+def drawn(view):
+    """The panel as it would be drawn now, as lines."""
+    console = Console(file=io.StringIO(), width=view._console.width)
+    console.print(view._render())
+    return console.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of day, moved by hand."""
+    now = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    return now
+
+
+def drive(view, turns=10, clock=None):
     with view:
         view.evaluated(0.14, 0.07, 0.26, 50)
         for t in range(1, turns + 1):
+            if clock:
+                clock[0] += 2.5
             logs = {"reward": t / turns, "reward_low": 0.1, "reward_high": 0.9, "entropy": 1.0, "grad_norm": 0.5}
             view.update(
                 {**logs, "clip_low": 0.01, "clip_high": 0.02}, {"turn": t, "seconds": 2.0 * t, "decisions": 90 * t}
             )
 
 
-def test_log_lines():
+def test_log_lines(clock):
     view, out = plain(until=100, title="bnpo on sums")
-    drive(view)
+    drive(view, clock=clock)
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("bnpo on sums: A policy loss near 0 is normal")
     assert lines[1] == "held-out 14% [7, 26] of 50"
-    assert [line.split()[1] for line in lines[2:]] == ["1/100", "3/100", "5/100", "7/100", "9/100", "10/100"]
-    assert "reward 30% [10, 90]" in lines[3]
+    assert [line.split()[1] for line in lines[2:]] == ["1/100", "6/100", "10/100"]
+    assert "reward 60% [10, 90]" in lines[3]
     assert "clipped 1% below, 2% above" in lines[3]
     assert "tokens/s 45" in lines[3]
-    assert lines[3].endswith("3 min 14 s left")
+    assert lines[3].endswith("3 min 55 s left"), "by the time that passed, evaluations and checkpoints included"
+    assert "failures" not in lines[3]
     assert "\x1b" not in out.getvalue()
 
 
@@ -68,6 +90,77 @@ def test_panel():
     ):
         assert part in text
     assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+NOW = {
+    "reward": 0.5, "reward_low": 0.4, "reward_high": 0.6, "entropy": 1.0, "grad_norm": 123456.0, "clip_low": 0.011,
+    "clip_high": 0.022, "dead_groups": 0.3, "age": 2.5, "sampler_gap": 0.0123, "failures": 0, "loss": 0.0,
+}  # fmt: skip
+
+
+def test_eighty_columns_hold_every_number_on_one_line():
+    view, _ = terminal(width=80, until=10_000, title="grpo on reasoning-gym:" + "x" * 90)
+    with view:
+        view.evaluated(0.14, 0.07, 0.26, 50)
+        for t in range(1, 40):
+            view.update({**NOW, "reward": t % 7 / 7}, {"turns": t, "seconds": 3600.0 * t, "decisions": 10**7 * t})
+        lines = drawn(view)
+    assert {len(line) for line in lines} == {80}
+    assert "…" in lines[0]
+    named = ("reward", "held-out", "entropy", "grad norm", "clipped", "dead groups", "age", "sampler gap", "failures")
+    for name, value in zip(named, ("57% [40, 60]", "14% [7, 26] of 50", "1", "123,456", "1% below, 2% above", "30%",
+                                   "2.5", "0.0123 nats", "0")):  # fmt: skip
+        assert any(re.search(rf"\b{name} +{re.escape(value)}", line) for line in lines), name
+    assert "left" in "".join(lines)
+    assert len(lines) == 10, "two lines on the loss, the bar, five of numbers, and the frame"
+
+
+def test_a_row_that_was_there_stays():
+    view, _ = terminal(until=10)
+    with view:
+        view.update(NOW, {"turns": 1})
+        view.update({"reward": 0.5}, {"turns": 2})  # no group taught anything: no surrogate, so no gap and no clip rate
+        text = "\n".join(drawn(view))
+    assert re.search(r"sampler gap +- ", text)
+    assert re.search(r"clipped +- ", text)
+
+
+def test_the_panel_shows_a_finding_while_it_lasts():
+    view, _ = terminal(until=1000)
+    seen = []
+    with view:
+        for t in range(1, 31):
+            view._diagnosed = float("-inf")
+            view.update({"dead_groups": 0.95 if t < 20 else 0.1}, {"turns": t})
+            seen.append("of groups got one reward" in "\n".join(drawn(view)))
+        assert (seen[0], seen[3], seen[4], seen[18], seen[-1]) == (False, False, True, True, False)
+        view.note("checkpoint of another machine")
+        view.update({"dead_groups": 0.1}, {"turns": 31})
+        assert "checkpoint of another machine" in "\n".join(drawn(view))
+
+
+def test_the_first_line_suits_the_method():
+    assert about_loss(["collect", "credit.scale", "credit"]) == WHY_LOSS_IS_ZERO
+    assert about_loss(["phase 1 warm / policy:credit"]) == WHY_LOSS_IS_ZERO
+    assert about_loss(["collect", "nll", "copy reference"]) == LOSS_SHOULD_FALL
+    view, out = plain(until=3, lead=LOSS_SHOULD_FALL)
+    with view:
+        view.update({"loss": 4.5, "grad_norm": 1.0}, {"turns": 1})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == LOSS_SHOULD_FALL
+    assert "loss 4.5" in lines[1]
+
+
+def test_several_watchers_are_told_the_same():
+    (a, seen_a), (b, seen_b) = plain(until=3), plain(until=3)
+    both = Watchers(a)
+    both.add(b)
+    with both:
+        both.update({"reward": 1.0}, {"turns": 1})
+        both.evaluated(0.5, 0.4, 0.6, 10)
+        both.note("hello")
+    assert seen_a.getvalue() == seen_b.getvalue()
+    assert "note: hello" in seen_a.getvalue()
 
 
 def test_silent_writes_nothing():

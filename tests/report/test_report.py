@@ -156,6 +156,67 @@ def test_the_whole_page(tmp_path):
     assert "\x1b" not in source
 
 
+def grouped(turn, rewards, group=0):
+    """A group whose tokens differ in credit."""
+    return [
+        {"turn": turn, "group": group, "prompt": f"at {turn}", "response": "ab", "reward": r, "advantage": r - 0.5,
+         "tokens": ["a", "b"], "credit": [r - 0.5, 2 * r - 1]}
+        for r in rewards
+    ]  # fmt: skip
+
+
+def test_a_chooser_of_groups_opens_at_the_latest_that_taught(tmp_path):
+    texts = grouped(1, (0.0, 1.0)) + grouped(10, (1.0, 0.0)) + grouped(20, (1.0, 1.0))
+    source, seen = page(fill(tmp_path, brief(20), (), texts))
+    assert seen.tags.count("select") == 1
+    assert seen.tags.count("option") == 3
+    assert "turn 20 (all rewards equal)" in seen.text
+    assert '<option value="group1" selected>turn 10</option>' in source
+    shown = [re.search(rf'<div id="group{i}"( hidden)?>', source)[1] for i in range(3)]
+    assert shown == [" hidden", None, " hidden"]
+    assert source.count('title="credit -1"') == 2, "each decision has its own credit"
+    assert source.count('title="credit -0.5"') == 2
+    for turn in (1, 10, 20):
+        assert f"at {turn}" in seen.text
+
+
+def test_many_groups_are_thinned_to_a_few_with_both_ends(tmp_path):
+    texts = [sample for t in range(1, 101) for sample in grouped(t, (0.0, 1.0))]
+    source, seen = page(fill(tmp_path, brief(3), (), texts))
+    assert seen.tags.count("option") == 24
+    assert "76 more are in samples.jsonl" in seen.text
+    assert ">turn 1</option>" in source
+    assert "selected>turn 100</option>" in source
+
+
+def test_one_group_needs_no_chooser(tmp_path):
+    _, seen = page(fill(tmp_path, brief(3), (), grouped(1, (0.0, 1.0))))
+    assert "select" not in seen.tags
+    assert "2 responses to one prompt" in seen.text
+
+
+def test_a_method_without_rewards_is_shown_by_its_loss(tmp_path):
+    metrics = [{"turn": t, "seconds": t, "loss": 5.0 - t, "nll": 5.0 - t, "grad_norm": 1.0} for t in range(1, 9)]
+    config = {**CONFIG, "method": "sft", "resolved": {"collect": "demonstrations", "nll": "nll"}}
+    _, seen = page(fill(tmp_path, metrics, evaluations(7, 9), samples()[:8], config))
+    assert "should fall from where it starts" in seen.text
+    assert "loss near 0 is normal" not in seen.text
+    assert "no turn has recorded a reward" not in seen.text
+    assert "every response got a reward" not in seen.text
+    assert "before" in seen.text
+
+
+def test_several_updates_and_tracks_are_drawn(tmp_path):
+    metrics = [
+        {"turn": t, "reward": 0.5, "policy/loss": 0.0, "policy/grad_norm": 1.0, "critic/loss": 2.0,
+         "critic/grad_norm": 3.0, "policy/clip_low": 0.01, "policy/clip_high": 0.02} for t in range(1, 6)
+    ]  # fmt: skip
+    source, seen = page(fill(tmp_path, metrics, evaluations(7)))
+    assert "critic/grad_norm" in source
+    assert "more picture" not in seen.text, "every number is in a known picture"
+    assert "could not be made" not in seen.text
+
+
 def test_writing_again_gives_the_same_page(tmp_path):
     fill(tmp_path, brief(12), evaluations(7, 9), samples())
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
@@ -270,6 +331,11 @@ def test_smoothing_keeps_constants_and_gaps():
     assert np.allclose(out[np.arange(50) != 10], 2.0)
     assert len(plots.smooth(np.array([]))) == 0
     assert plots.smooth(np.array([1.0])) == [1.0]
+
+
+def test_ticks_fit_into_the_margin():
+    ticks = [plots._tick(v) for v in (0.0, 0.5, 1234, 0.00015, -0.00015, 1e-8, 250_000, 3e5)]
+    assert ticks == ["0", "0.5", "1,234", "1.5e-4", "-1.5e-4", "1e-08", "2.5e5", "3e5"]
 
 
 def test_long_runs_are_thinned():

@@ -126,6 +126,18 @@ def token_demonstrations(kit: Kit, *, prompts: int = 4) -> Batch:
     return expert_batch(kit.environment, prompts)
 
 
+@piece("collect", writes=("prompt", "action", "mask", "source", "age", "pair", "preferred"))
+def token_pairs(kit: Kit, *, pairs: int = 5) -> Batch:
+    """Preference pairs: the demonstration, and random tokens of another length."""
+    chosen = expert_batch(kit.environment, pairs)
+    rng = kit.rng("rejected")
+    length = torch.randint(1, chosen.mask.shape[1] + 1, (pairs, 1), generator=rng)
+    mask = torch.arange(chosen.mask.shape[1]) < length
+    action = torch.randint(1, kit.environment.vocabulary, chosen.action.shape, generator=rng) * mask
+    both = Batch.cat([chosen, chosen.put(action=action, mask=mask)])
+    return both.put(pair=torch.arange(pairs).repeat(2), preferred=torch.arange(2 * pairs) < pairs)
+
+
 @piece("collect", writes=("logp_behavior",))
 def mismatched(kit: Kit, *, inner: Any) -> Batch:
     """A wrap: a sampler whose log-probabilities differ from the trainer's, as every fast sampler's do."""

@@ -173,6 +173,8 @@ class Closure:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
                 cut = weight[1 if term.metric else 0]
                 cut = cut if whole else cut[chosen]
+                if term.metric and term.value.dim() == 1:  # each row counts once, however long it is
+                    cut = (cut.sum(1, keepdim=True) > 0).to(cut.dtype)
                 if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
                     raise MethodError(
                         f"term {term.name!r} has shape {list(term.value.shape)}; a term is un-reduced, one value per "

@@ -84,6 +84,14 @@ class Kit:
         """Say how many decisions were made for this batch, when it holds others too (replayed or offline rows)."""
         self._decided.append(count)
 
+    def counted(self, collect: Callable[[], Batch]) -> Batch:
+        """Run a collect and say how many decisions it cost, unless it says so itself: a wrap may drop its rows."""
+        before = len(self._decided)
+        batch = collect()
+        if len(self._decided) == before:
+            self.decided(batch.decisions)
+        return batch
+
     def decisions(self, batch: Batch) -> int:
         """How many decisions this batch cost: as said by its collect pieces, else those of our policy in it."""
         return sum(self._decided) if self._decided else batch.decisions

@@ -182,7 +182,8 @@ class Method:
                     f"{author.name} and {edit.by} both swap {edit.path!r}, so they cannot be used together: "
                     f"one would silently undo the other. Choose one of them."
                 )
-        self._keeps(full, f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}", again=author.name == YOU)
+        doing = f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}"
+        self._keeps(full, doing, again=author.name == YOU, new=value)
         new = _inside(old, value if rest else replace(value, slot=piece.slot), full)
         text = f"{show(getattr(old, 'core', old))} -> {show(value)}"
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
@@ -298,10 +299,18 @@ class Method:
         """`path` as it was written while there was only the first track."""
         return path.removeprefix(f"{self.tracks[0].name}:") if self.tracks else path
 
-    def _keeps(self, full: str, doing: str, again: bool = False) -> None:
-        """Refuse `doing` when it loses what was asked for at or below `full`; `again`: at `full` itself it may."""
+    def _keeps(self, full: str, doing: str, again: bool = False, new: Any = None) -> None:
+        """Refuse `doing` when it loses what was asked for at or below `full`; `again`: at `full` itself it may.
+
+        A `new` piece that holds the same value at the same address below `full` loses nothing there.
+        """
         here = self._local(full)
-        lost = [p for p in self.explicit if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
+        held: set[str] = set()
+        if isinstance(new, Piece) and self.explicit:
+            before, after = self.flatten(), new.flatten(full)
+            held = {self._local(p) for p, v in after.items() if p != full and show(v) == show(before.get(p))}
+        asked = [(p, self._local(p)) for p in self.explicit]
+        lost = [p for p, local in asked if _covers(here, local) and not (again and local == here) and local not in held]
         if lost:
             raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
 

@@ -24,7 +24,10 @@ UNITS = ("row", "group", "episode", "pair")
 
 @dataclass(frozen=True)
 class Term:
-    """An un-reduced value, `[N, T]`, or `[N]` for the whole row. A `metric` is reported, never summed."""
+    """An un-reduced value, `[N, T]`, or `[N]` for the whole row.
+
+    A `metric` is reported, never summed: as its mean over decisions, or over the rows that have any.
+    """
 
     value: Tensor
     name: str
@@ -36,9 +39,10 @@ class Term:
 
 @dataclass(frozen=True)
 class fixed:
-    """`sum(l m) / (rows L)`: a constant number of decisions per row (Dr. GRPO)."""
+    """`sum(l m) / (rows L)`: a constant number of decisions per row (Dr. GRPO); `sum(l m) / L` without the mean."""
 
     length: float
+    mean: bool = True
 
     def __post_init__(self) -> None:
         if not self.length > 0:
@@ -84,7 +88,7 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
     group, episode, pair   m / (segments * sum of m over the segment)
 
     `m` is `keep`; rows outside the loss's `rows` do not count at all; rows with an empty mask count. Metrics are means
-    over decisions ("token") whatever the terms' reduction.
+    over decisions ("token") whatever the terms' reduction, or over rows where the metric has one value a row.
     """
     chosen = rows_of(batch, options["rows"])
     m = mask_of(batch).to(dtype) * chosen[:, None]
@@ -99,7 +103,7 @@ def _weights(batch: Batch, per: Any, m: Tensor, chosen: Tensor) -> Tensor:
     if per == "row_sum":
         return m / rows
     if isinstance(per, fixed):
-        return m / (rows * per.length)
+        return m / (rows * per.length if per.mean else per.length)
     if per in ("group", "episode", "pair"):
         level = batch.columns[per]
         assert isinstance(level, Tensor)

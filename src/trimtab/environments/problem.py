@@ -190,3 +190,21 @@ def check_answer(value: Any, name: str, where: str, required: bool) -> str | Non
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def plain_response(value: Any) -> Any:
+    """The text of a response that is one message of the assistant; anything else as it is."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return value[0].get("content") if value[0].get("role") == "assistant" else value
+    return value
+
+
+def response_of(problem: Problem, name: str) -> str:
+    """The response in the field "chosen" or "rejected" of a problem's data."""
+    value = plain_response(problem.entry.get(name))
+    if not isinstance(value, str) or not value.strip():
+        raise EnvironmentFailure(
+            f"{sentence_start(problem.where or 'this problem')} has no response {name!r}. Preference pairs need the "
+            f"fields 'prompt', 'chosen' and 'rejected', the last two as text or one message of the assistant."
+        )
+    return value

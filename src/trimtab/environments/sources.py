@@ -17,6 +17,7 @@ from trimtab.environments.problem import (
     check_asked,
     key_of,
     make_problem,
+    plain_response,
     sentence_start,
 )
 from trimtab.environments.spec import Spec, check_options, nearest_path
@@ -65,6 +66,8 @@ class Columns:
             raise EnvironmentFailure(
                 f"The answer field {self._named_answer!r} is not in {where}. {nearest(self._named_answer, fields)}"
             )
+        if self._named_answer is None and "answer" not in fields and "chosen" in fields:
+            return "chosen"  # preference pairs: what was chosen is the reference
         return self._named_answer or "answer"
 
     def read(self, fields: Mapping[str, Any], where: str) -> tuple[Prompt, str | None]:
@@ -72,7 +75,7 @@ class Columns:
         name = self.question(fields, where)
         asked = check_asked(fields[name], name, where)
         answer_name = self.answer_name(fields, where)
-        answer = check_answer(fields.get(answer_name), answer_name, where, self._need)
+        answer = check_answer(plain_response(fields.get(answer_name)), answer_name, where, self._need)
         if self._after is not None and answer is not None:
             _, mark, rest = answer.rpartition(self._after)
             if not mark:

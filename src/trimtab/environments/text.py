@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.core.errors import CheckpointError, EnvironmentFailure
 from trimtab.environments.pools import ListedPool, Pool
-from trimtab.environments.problem import Failure, Problem, PromptTemplate, normalise, sentence_start
+from trimtab.environments.problem import Failure, Problem, PromptTemplate, normalise, response_of, sentence_start
 from trimtab.environments.procedural import Procedure, toy_pool
 from trimtab.environments.scoring import FailureLog, ProcedureScorer, Scorer, make_scorer
 from trimtab.environments.sources import datasets_pool, jsonl_pool
@@ -89,6 +89,13 @@ class TextEnvironment:
                 )
             out.append((problem, problem.answer))
         return out
+
+    def preferences(self, n: int) -> list[tuple[Problem, str, str]]:
+        """The next n training problems with their chosen and rejected responses; moves draw's cursor.
+
+        A response is text, or one message of the assistant. Raises EnvironmentFailure when a problem lacks either.
+        """
+        return [(p, response_of(p, "chosen"), response_of(p, "rejected")) for p in self.draw(n)]
 
     @property
     def failures(self) -> dict[str, int]:

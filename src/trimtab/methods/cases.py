@@ -66,7 +66,31 @@ def text(seed: int) -> Case:
     )
 
 
-CASES: dict[str, Callable[[int], Case]] = {"text": text}
+def pairs(seed: int) -> Case:
+    """The sums of `text`, each with its right answer as the chosen response and another number as the rejected one."""
+    from dataclasses import replace
+
+    from trimtab.environments.pools import ListedPool
+    from trimtab.environments.problem import PromptTemplate
+    from trimtab.environments.procedural import toy_pool
+    from trimtab.environments.spec import parse_spec
+    from trimtab.environments.text import TextEnvironment
+    from trimtab.policies.builtin import load_policy
+
+    template = PromptTemplate("{question}")
+    asked = toy_pool(parse_spec("toy:sum(limit=5)"), template, 0.25).all()
+    problems = [
+        replace(p, entry={**p.entry, "chosen": p.answer, "rejected": f"{int(p.answer or 0) + 7}!"}) for p in asked
+    ]
+    pool = ListedPool([p.key for p in problems], problems.__getitem__, 0.25, "toy:pairs")
+    return Case(
+        TextEnvironment("toy:pairs", pool, Coin(), seed=seed, template=template, holdout=0.25, most=0.1),
+        {"policy": load_policy("nano", seed=seed, dtype="float64")},
+        {"collect.pairs": 4, "update.lr": 3e-3},
+    )
+
+
+CASES: dict[str, Callable[[int], Case]] = {"text": text, "pairs": pairs}
 
 
 def case(name: str, seed: int = 0) -> Case:

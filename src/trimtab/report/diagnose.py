@@ -25,8 +25,8 @@ def diagnose(history: list[dict[str, Any]]) -> list[str]:
 
     It looks for: numbers that are not finite; failures of the environment; a gap between sampler and trainer above
     0.1 nats; a gradient norm above 10 times its running median; entropy below 5% of its start while the reward still
-    rises; a clip rate above 50%; more than 80% dead groups. Rates are means of the last 5 turns. These are rules of
-    thumb: a sentence is a reason to look, not a verdict.
+    rises; a clip rate above 50%; more than 80% dead groups. Rates are means of the last 5 turns, and nothing is said
+    of fewer. These are rules of thumb: a sentence is a reason to look, not a verdict.
     """
     return [sentence for _, sentence in findings(history)]
 
@@ -83,12 +83,12 @@ def _failures(history: History) -> str | None:
 
 def _gap(history: History) -> str | None:
     values = _series(history, "gap")
-    if not values or _now(values) <= GAP:
+    if len(values) < RECENT or _now(values) <= GAP:
         return None
     return (
-        f"The sampler and the trainer disagree by {number(_now(values))} nats a decision (above {GAP}): the update "
-        "corrects for a policy that did not sample. Give the sampler the trainer's weights and number format, or "
-        "update less often on old rows."
+        f"The sampler's and the trainer's log-probabilities differ by {number(_now(values))} nats a decision in the "
+        f"mean (above {GAP}): the rows are not from the policy that the update takes them to be from. Give the sampler "
+        "the trainer's weights and number format, or learn from newer rows."
     )
 
 
@@ -98,7 +98,7 @@ def _norm(history: History) -> str | None:
     values: list[float] = []
     for record in history:
         norm = look_up(record, "grad_norm")
-        if norm is None:
+        if not norm:  # 0 where every group was dead: such turns say nothing about what is usual
             continue
         usual = median(values[-NORM_WINDOW:]) if len(values) >= RECENT else 0.0
         if usual > 0 and norm > NORM_FACTOR * usual:
@@ -134,7 +134,7 @@ def _entropy(history: History) -> str | None:
 
 def _clip(history: History) -> str | None:
     values = _series(history, "clip")
-    if not values or _now(values) <= CLIP:
+    if len(values) < RECENT or _now(values) <= CLIP:
         return None
     return (
         f"{percent(_now(values))} of decisions were clipped: more than half of the batch teaches nothing. Take fewer "
@@ -144,7 +144,7 @@ def _clip(history: History) -> str | None:
 
 def _dead(history: History) -> str | None:
     values = [v for v in map(dead_share, history) if v is not None]
-    if not values or _now(values) <= DEAD_SHARE:
+    if len(values) < RECENT or _now(values) <= DEAD_SHARE:
         return None
     reward = _series(history, "reward")
     level = _now(reward) if reward else 0.5

@@ -6,6 +6,7 @@ eval.jsonl      one record an evaluation of held-out problems; the first is from
 samples.jsonl   transcripts
 checkpoints/    saved states
 report.html     the page made from the above
+tensorboard/    event files, if asked for
 model/          the exported policy
 """
 
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:

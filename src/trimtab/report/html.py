@@ -11,12 +11,12 @@ from typing import Any
 from trimtab.report import plots
 from trimtab.report.diagnose import diagnose
 from trimtab.report.folder import RunFolder, RunFolderError
-from trimtab.report.keys import failure_kinds
+from trimtab.report.keys import LOSS, failure_kinds, look_up
 from trimtab.report.page import document, section
 from trimtab.report.records import write_atomic
 from trimtab.report.story import Point, Story, facts, tell
 from trimtab.report.transcripts import clean, group_html, held_out_html
-from trimtab.report.words import WHY_LOSS_IS_ZERO, count, interval, is_number, number, percent
+from trimtab.report.words import WHY_LOSS_IS_ZERO, about_loss, count, interval, is_number, number, percent
 
 Record = Mapping[str, Any]
 
@@ -42,8 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
     told = story
     parts: list[tuple[str, str, Callable[[], str]]] = [
         ("look", "Worth a look", lambda: _findings(history)),
-        ("curves", "Curves", lambda: _curves(history, evaluations, told.measure)),
-        ("guide", "How to read this", _guide),
+        ("curves", "Curves", lambda: _curves(history, evaluations, told.measure, _about_loss(config))),
+        ("guide", "How to read this", lambda: _guide(_about_loss(config))),
         ("held-out", "Held-out problems, before and after", lambda: held_out_html(samples)),
         ("group", "One training group", lambda: group_html(samples)),
         ("failures", "Failures", lambda: _failures(history, samples)),
@@ -149,16 +149,23 @@ def _findings(history: Sequence[Record]) -> str:
     return f'<ul class="findings"><li class="calm">{calm}</li></ul>'
 
 
-def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: str) -> str:
+def _about_loss(config: Record) -> str:
+    resolved = config.get("resolved")
+    return about_loss(resolved if isinstance(resolved, Mapping) else ())
+
+
+def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: str, loss: str) -> str:
     if not history and not evaluations:
         return '<p class="none">No turn has been recorded yet.</p>'
-    large = [(plots.reward_figure(history, theme="page"), "")]
+    rewarded = any(look_up(record, "reward") is not None for record in history)
+    large = [(plots.reward_figure(history, theme="page"), "")] if rewarded or loss == WHY_LOSS_IS_ZERO else []
     if evaluations:
         large.append((plots.eval_figure(evaluations, theme="page", name=measure), ""))
     known: list[tuple[bytes, str]] = []
     other: list[tuple[bytes, str]] = []
     for panel, picture in plots.panel_figures(history, theme="page"):
-        (known if panel.series else other).append((picture, panel.hint))
+        hint = f"{loss.partition(':')[0]} (see below)." if panel.title == LOSS else panel.hint
+        (known if panel.series else other).append((picture, hint))
     folded = (
         f"<details><summary>{count(len(other), 'more picture')}: everything else that was measured</summary>"
         f"{_plots(other, 'small')}</details>"
@@ -177,38 +184,31 @@ def _plots(pictures: Sequence[tuple[bytes, str]], size: str) -> str:
 
 
 _GUIDE = (
-    ("The policy loss", WHY_LOSS_IS_ZERO + " What moves is below.", True),
     (
         "Reward while training",
         "The mean over the rows of a turn, on problems it trains on. The band is the interval of that turn alone.",
-        False,
     ),
     (
         "Held-out problems",
         "Never trained on, the same each time. This is what the headline is about. Where two intervals overlap, the "
         "difference may be chance: evaluate on more problems.",
-        False,
     ),
     (
         "Gradient norm and entropy",
         "The gradient says that something is learned; entropy how much is still tried. A run that has stopped "
         "learning has a small gradient, an entropy near 0, or only dead groups.",
-        False,
     ),
     (
         "Clip rate and dead groups",
         "Both are decisions that teach nothing: clipped ones because the policy has moved far enough, dead ones "
         "because every response of the group got the same reward.",
-        False,
     ),
 )
 
 
-def _guide() -> str:
-    cells = "".join(
-        f"<div{' class=wide' if wide else ''}><dt>{clean(term)}</dt><dd>{clean(text)}</dd></div>"
-        for term, text, wide in _GUIDE
-    )
+def _guide(loss: str) -> str:
+    cells = f"<div class=wide><dt>The loss</dt><dd>{clean(loss)}</dd></div>"
+    cells += "".join(f"<div><dt>{clean(term)}</dt><dd>{clean(text)}</dd></div>" for term, text in _GUIDE)
     return f'<div class="box"><dl class="guide">{cells}</dl></div>'
 
 
@@ -226,7 +226,8 @@ def _failures(history: Sequence[Record], samples: Sequence[Record]) -> str:
             example.setdefault(str(failure.get("kind")), str(failure.get("message", "")))
             turns.setdefault(str(failure.get("kind")), [])
     if not turns:
-        said = "None: every response got a reward." if history else ""
+        scored = any(look_up(record, "reward") is not None for record in history)
+        said = "None: every response got a reward." if scored else ""
         return f'<p class="lead">{said}</p>' if said else ""
     rows = "".join(
         f'<tr><td>{clean(kind)}</td><td class="num">{number(sum(n for _, n in seen)) if seen else "?"}</td>'

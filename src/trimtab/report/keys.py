@@ -16,6 +16,7 @@ from trimtab.report.words import is_number
 
 CLOCK = frozenset({"turn", "turns", "updates", "decisions", "rows", "seconds", "time"})
 REWARD = ("reward", "reward_low", "reward_high")
+LOSS, GAP = "Loss", "Sampler and trainer: gap"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ PANELS: tuple[Panel, ...] = (
         "norm before clipping",
         ((r"grad(ient)?_norm", ""),),
         log=True,
-        hint="This, not the loss, shows that something is learned. Sudden peaks are the thing to look for.",
+        hint="Shows that something is learned. Sudden peaks are the thing to look for.",
     ),
     Panel(
         "Dead groups",
@@ -82,11 +83,12 @@ PANELS: tuple[Panel, ...] = (
         hint="Responses that met the length limit before they ended.",
     ),
     Panel(
-        "Sampler and trainer: KL",
+        GAP,
         "nats per decision",
         ((r"(kl_)?sampler(_gap|_trainer|_kl)?|gap|sampler_trainer_gap|kl_(behaviou?r|trainer)|mismatch", ""),),
         log=True,
-        hint="How far the numbers reported by the sampler are from the trainer's. Should stay near 0.",
+        hint="The mean difference, either way, between the log-probabilities that the sampler reported and the "
+        "trainer's at the start of the update. Should stay near 0.",
     ),
     Panel("KL to the reference", "nats per decision", ((r"(kl_)?(ref|reference)(_kl)?|kl", ""),)),
     Panel("KL to the old policy", "nats per decision", ((r"(approx_kl|kl_old|old_kl)", ""),), log=True),
@@ -96,12 +98,7 @@ PANELS: tuple[Panel, ...] = (
         ((r"ratio(_mean)?", "mean"), (r"ratio_max", "largest"), (r"ratio_min", "smallest")),
     ),
     Panel("Spread of rewards", "standard deviation", ((r"reward_(std|spread|sd)", ""),)),
-    Panel(
-        "Policy loss",
-        "loss",
-        ((r"loss|surrogate|(policy|total)_loss", ""),),
-        hint="Near 0 by construction (see below). It does not tell whether the policy improves.",
-    ),
+    Panel(LOSS, "loss", ((r"loss|surrogate|(policy|total)_loss", ""),)),
     Panel(
         "Failures",
         "responses per turn",
@@ -128,10 +125,11 @@ _KNOWN: Mapping[str, str] = {
     "clip": _SERIES["Clip rate"][2],
     "grad_norm": _SERIES["Gradient norm"][0],
     "dead": _SERIES["Dead groups"][0],
-    "gap": _SERIES["Sampler and trainer: KL"][0],
+    "gap": _SERIES[GAP][0],
     "failures": _SERIES["Failures"][0],
     "age": _SERIES["Age"][0],
     "speed": _SERIES["Speed"][0],
+    "loss": r"(policy_|total_)?loss",
 }
 _PREFIX = r"(?:(?:policy|probe|train|update|surrogate|credit|stats|batch|rollout|sampling)_)*"
 
@@ -200,8 +198,8 @@ def dead_share(record: Mapping[str, Any]) -> float | None:
 def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tuple[str, str]]]]:
     """Every numeric key but the reward, sorted into panels: `[(panel, [(key, label), ...]), ...]`.
 
-    Known panels come first, in their order, then one panel for each family of other keys (`seconds/sample` and
-    `seconds/update` share one), in order of first appearance.
+    Known panels come first, in their order, each with that number of every track (`critic/grad_norm`); then one panel
+    for each family of other keys (`seconds/sample` and `seconds/update` share one), in order of first appearance.
     """
     names = list(dict.fromkeys(key for record in records for key in flat(record)))
     rest = [n for n in names if not _matches(_KNOWN["reward"], n) and normal(n) not in REWARD]
@@ -209,8 +207,10 @@ def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tupl
     for panel in PANELS:
         picked: list[tuple[str, str]] = []
         for pattern, label in panel.series:
-            hits = [n for n in rest if _matches(pattern, n)]
-            picked += [(n, label if len(hits) == 1 else n.rsplit("/", 1)[-1]) for n in hits]
+            hits = [n for n in rest if _matches(pattern, n) or _matches(pattern, _tail(n))]
+            tails = {_tail(n) for n in hits}
+            one = len(hits) == 1 and _matches(pattern, hits[0])
+            picked += [(n, label if one else _tail(n) if len(tails) == len(hits) > 1 else n) for n in hits]
             rest = [n for n in rest if n not in hits]
         if len(picked) == 1 and picked[0][1] in ("mean", "all"):
             picked = [(picked[0][0], "")]
@@ -223,6 +223,11 @@ def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tupl
         panel = Panel(_title(family), "value", ())
         out.append((panel, [(n, "" if len(members) == 1 else n.rsplit("/", 1)[-1]) for n in members]))
     return out
+
+
+def _tail(key: str) -> str:
+    """A key without the track, or the family, that it belongs to."""
+    return key.rsplit("/", 1)[-1]
 
 
 def _title(key: str) -> str:

@@ -32,7 +32,7 @@ Mode = Literal["auto", "live", "plain", "silent"]
 _REDRAW = 0.2  # seconds; a faster loop is not slowed down by its own display
 _DIAGNOSE = 2.0  # seconds between looks at the history
 _QUIET = 60.0  # a log line at least this often, so that a reader knows that the run is alive
-_LINES = 50  # log lines over a whole run, about
+_LINES = 20  # log lines over a whole run, about
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -45,7 +45,8 @@ class LiveView:
 
     until: how much is planned, in `unit` (a key of the clock: `turns, updates, decisions, rows, seconds`); None hides
     the bar and the time left. mode: `auto` is `live` on a terminal and `plain` elsewhere. every: in plain mode, a line
-    every so many updates; by default about 50 lines a run, and one a minute. console: where to write (stdout).
+    every so many updates; by default about 20 lines a run, and one a minute. console: where to write (stdout).
+    lead: the first line, on how to read the loss (see `words.about_loss`).
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class LiveView:
         mode: Mode = "auto",
         every: int | None = None,
         console: Console | None = None,
+        lead: str = WHY_LOSS_IS_ZERO,
     ) -> None:
+        self._lead = lead
         self._until, self._unit, self._title, self._every = until, unit, _safe(title), every
         self._console = console or Console()
         fancy = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -71,8 +74,9 @@ class LiveView:
         self._pace: deque[tuple[float, float]] = deque(maxlen=20)
         self._evaluation: tuple[float, float | None, float | None, int | None] | None = None
         self._failures = 0.0  # of the whole run
-        self._warning = ""
+        self._finding = self._remark = ""  # what looks wrong now; the last note
         self._said: set[str] = set()
+        self._shown: set[str] = {"held-out"}
         self._updates = 0
         self._began = time.monotonic()
         self._drawn = self._diagnosed = float("-inf")
@@ -88,7 +92,7 @@ class LiveView:
         self._observe(lambda: self._evaluated(mean, low, high, n))
 
     def note(self, text: str) -> None:
-        """Say one sentence: shown in the panel until the next one, or as a line of the log."""
+        """Say one sentence: shown in the panel until the next note, or as a line of the log."""
         self._observe(lambda: self._note(text))
 
     def __enter__(self) -> Self:
@@ -133,7 +137,7 @@ class LiveView:
     def _open(self) -> None:
         self._began = time.monotonic()
         if self.mode == "plain":
-            self._line(f"{self._title}: {WHY_LOSS_IS_ZERO}" if self._title else WHY_LOSS_IS_ZERO)
+            self._line(f"{self._title}: {self._lead}" if self._title else self._lead)
             return
         self._live = Live(self._render(), console=self._console, auto_refresh=False)
         self._live.start()
@@ -151,7 +155,7 @@ class LiveView:
         self._logs = {key: _scalar(value) for key, value in logs.items()}
         self._clock = {key: _scalar(value) for key, value in clock.items()}
         self._updates += 1
-        self._pace.append((self._seconds(), self._done()))
+        self._pace.append((time.monotonic(), self._done()))  # evaluations and checkpoints take time, too
         for name, values in self._past.items():
             value = look_up(self._logs, name)
             if value is not None:
@@ -178,23 +182,25 @@ class LiveView:
             self._draw(now=True)
 
     def _note(self, text: str) -> None:
-        self._warning = _safe(text)
+        self._remark = _safe(text)
         if self.mode == "plain":
-            self._line(f"note: {self._warning}")
+            self._line(f"note: {self._remark}")
         else:
             self._draw(now=True)
 
     def _look(self, last: bool = False) -> None:
-        """Diagnose now and then; each kind of finding is said when it first appears."""
+        """Diagnose now and then. The panel shows the gravest finding while it lasts; a log says each kind once."""
         now = time.monotonic()
         if not last and self._updates > 1 and now - self._diagnosed < _DIAGNOSE:
             return
         self._diagnosed = now
-        for kind, sentence in findings([*self._start, *self._recent]):
-            if kind not in self._said:
-                self._said.add(kind)
-                self._note(sentence)
-                return
+        found = findings([*self._start, *self._recent])
+        self._finding = _safe(found[0][1]) if found else ""
+        if self.mode == "plain":
+            for kind, sentence in found:
+                if kind not in self._said:
+                    self._said.add(kind)
+                    self._line(f"note: {_safe(sentence)}")
 
     def _due(self) -> bool:
         if self._every is not None:
@@ -287,28 +293,31 @@ class LiveView:
         dead, speed = dead_share(self._logs), self._speed()
         rows = [
             ("reward", self._reward(), "reward"),
-            ("held-out", self._held_out() or "-", ""),
+            ("loss", "" if self._past["reward"] else plain("loss"), ""),
+            ("held-out", self._held_out(), ""),
             ("entropy", plain("entropy"), "entropy"),
             ("grad norm", plain("grad_norm"), ""),
             ("clipped", self._clip(), ""),
             ("dead groups", "" if dead is None else percent(dead), ""),
+            ("age", plain("age"), ""),
+            ("sampler gap", plain("gap", lambda value: f"{number(value)} nats"), ""),
             ("failures", number(self._failures), ""),
             ("tokens/s", "" if speed is None else number(float(f"{speed:.3g}")), ""),
-            ("age", plain("age"), ""),
         ]
-        return [row for row in rows if row[1]]
+        self._shown |= {name for name, value, _ in rows if value}  # a row that was there stays: the panel holds still
+        return [(name, value or "-", key) for name, value, key in rows if name in self._shown]
 
     def _sentence(self) -> str:
         left = self._left()
         end = f"  {duration(left)} left" if left else ""
         return (
             f"{self._place()}  "
-            + "  ".join(f"{name} {value}" for name, value, _ in self._values() if name != "held-out")
+            + "  ".join(f"{name} {value}" for name, value, _ in self._values() if not _dull(name, value))
             + end
         )
 
     def _render(self) -> RenderableType:
-        body: list[RenderableType] = [Text(WHY_LOSS_IS_ZERO, style="dim")]
+        body: list[RenderableType] = [Text(self._lead, style="dim")]
         if self._until is not None:
             body.append(self._bar())
         table = Table.grid(padding=(0, 1), expand=True)
@@ -321,10 +330,16 @@ class LiveView:
         body.append(
             table if self._updates or self._evaluation else Text("waiting for the first turn", style="italic dim")
         )
-        if self._warning:
-            body.append(Text(self._warning, style="yellow"))
+        if self._remark:
+            body.append(Text(self._remark, style="dim"))
+        if self._finding:
+            body.append(Text(self._finding, style="yellow"))
         return Panel(
-            Group(*body), title=Text(self._title or "trimtab"), title_align="left", border_style="dim", padding=(0, 1)
+            Group(*body),
+            title=Text(self._title or "trimtab", overflow="ellipsis"),
+            title_align="left",
+            border_style="dim",
+            padding=(0, 1),
         )
 
     def _bar(self) -> RenderableType:
@@ -357,6 +372,11 @@ def sparkline(values: list[float], width: int = 16) -> str:
     if span <= 0:
         return _BARS[3] * n
     return "".join(_BARS[min(7, int(8 * (m - low) / span))] for m in means)
+
+
+def _dull(name: str, value: str) -> bool:
+    """What a log line need not say: the held-out value has lines of its own, and no failure and no age are usual."""
+    return name == "held-out" or value == "-" or (name in ("failures", "age") and value == "0")
 
 
 def _scalar(value: Any) -> Any:

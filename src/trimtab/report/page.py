@@ -70,6 +70,9 @@ dl.facts dd{margin:0;font-weight:600;font-size:.95rem;font-variant-numeric:tabul
 code,.text,.prompt,td{font-family:var(--mono);font-size:.82rem;line-height:1.5}
 button{font:inherit;font-size:.76rem;color:var(--plot-muted);background:var(--card);border:1px solid var(--line);
   border-radius:6px;padding:.12rem .6rem;cursor:pointer}
+select{font:inherit;font-size:.88rem;color:var(--plot-ink);background:var(--card);border:1px solid var(--line);
+  border-radius:6px;padding:.1rem .4rem}
+.choose{font-size:.94rem;color:var(--plot-muted)}
 button:hover{color:var(--plot-ink)}
 ul.findings{list-style:none;margin:0;padding:0;display:grid;gap:.55rem}
 ul.findings li{padding:.7rem 1rem;border-radius:8px;background:var(--card);border:1px solid var(--line);
@@ -100,7 +103,7 @@ dl.guide .wide{grid-column:1/-1}
   margin-bottom:.45rem}
 .prompt,.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:19rem;overflow-y:auto}
 .prompt p{margin:0 0 .4rem}
-section>.prompt,details>.prompt{background:var(--soft);border-radius:8px;padding:.7rem .9rem;margin-bottom:.8rem}
+section>.prompt,[id^=group]>.prompt{background:var(--soft);border-radius:8px;padding:.7rem .9rem;margin-bottom:.8rem}
 .answer{font-size:.82rem;color:var(--plot-muted);margin:.5rem 0 0}
 .answer b{font-family:var(--mono);color:var(--plot-ink)}
 .chip{font-size:.73rem;font-weight:600;border-radius:99px;padding:.06rem .5rem;background:var(--soft);
@@ -131,6 +134,10 @@ footer{margin-top:3.2rem;padding-top:1rem;border-top:1px solid var(--line);color
 """
 
 _SCRIPT = """
+for (const s of document.querySelectorAll('select[data-choose]')) {
+  s.onchange = () => { for (const o of s.options) document.getElementById(o.value).hidden = !o.selected; };
+  s.onchange();  // a browser may remember another choice
+}
 for (const b of document.querySelectorAll('button[data-copy]')) b.onclick = async () => {
   const text = b.previousElementSibling.textContent;
   try { await navigator.clipboard.writeText(text); b.textContent = 'copied'; }

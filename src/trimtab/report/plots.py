@@ -154,9 +154,18 @@ def _plain_axis(ax: Axes, values: np.ndarray, logs: bool) -> None:
     elif values.min() >= 0 and values.min() < 0.5 * values.max():
         ax.set_ylim(0, 1.08 * values.max())
     elif values.min() == values.max():
-        pad = abs(values[0]) or 1.0
-        ax.set_ylim(values[0] - pad, values[0] + pad)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+        pad = abs(values[0])
+        ax.set_ylim(values[0] - pad, values[0] + pad or 1.0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+
+
+def _tick(value: float) -> str:
+    """A number of at most six characters where that is possible: the margin holds no more."""
+    said = number(value)
+    if len(said) <= 6:
+        return said
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
 # -- shared ---------------------------------------------------------------------------------------------------------

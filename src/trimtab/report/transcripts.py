@@ -15,6 +15,7 @@ Sample = Mapping[str, Any]
 _LONGEST = 6000  # characters of one response shown; the rest stays in samples.jsonl
 _PAIRS, _MORE_PAIRS = 6, 24
 _CARDS = 16
+_GROUPS = 24
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _pair_html(pair: Pair) -> str:
 
 
 def group_html(samples: Sequence[Sample]) -> str:
-    """The section's inside: the latest group with unequal rewards, earlier ones folded; empty without any."""
+    """The section's inside: a chooser of groups by turn, open at the latest whose rewards differ; empty without any."""
     groups: dict[tuple[float, str], list[Sample]] = {}
     for s in samples:
         if s.get("split") != "eval":
@@ -100,14 +101,33 @@ def group_html(samples: Sequence[Sample]) -> str:
     if not groups:
         return ""
     mixed = [key for key, rows in groups.items() if len({str(r.get("reward")) for r in rows}) > 1]
-    order = mixed or list(groups)
-    main = order[-1]
-    earlier = [key for key in dict.fromkeys([order[0], order[len(order) // 2]]) if key != main]
-    folded = "".join(
-        f"<details><summary>An earlier group, turn {number(key[0])}</summary>{_one_group(groups[key])}</details>"
-        for key in earlier
+    first = (mixed or list(groups))[-1]
+    shown = sorted({*_spread(sorted(groups), _GROUPS), first})
+    if len(shown) == 1:
+        return _one_group(groups[first])
+    options = "".join(
+        f'<option value="group{i}"{" selected" if key == first else ""}>{_named(key, shown)}'
+        f"{'' if key in mixed else ' (all rewards equal)'}</option>"
+        for i, key in enumerate(shown)
     )
-    return _one_group(groups[main]) + folded
+    parts = "".join(
+        f'<div id="group{i}"{"" if key == first else " hidden"}>{_one_group(groups[key])}</div>'
+        for i, key in enumerate(shown)
+    )
+    left = f" {len(groups) - len(shown)} more are in samples.jsonl." if len(groups) > len(shown) else ""
+    return f'<p class="choose"><label>The group of <select data-choose>{options}</select></label>{left}</p>{parts}'
+
+
+def _spread(keys: list[tuple[float, str]], most: int) -> list[tuple[float, str]]:
+    """At most so many of them, evenly, with both ends."""
+    if len(keys) <= most:
+        return keys
+    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
+
+
+def _named(key: tuple[float, str], among: Sequence[tuple[float, str]]) -> str:
+    several = sum(turn == key[0] for turn, _ in among) > 1
+    return f"turn {number(key[0])}{f', group {clean(key[1])}' if several else ''}"
 
 
 def _one_group(rows: Sequence[Sample]) -> str:

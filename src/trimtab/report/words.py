@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 WHY_LOSS_IS_ZERO = (
     "A policy loss near 0 is normal: advantages are centred and the ratio starts at 1, so the terms cancel; the "
     "gradient does not. Watch the reward."
 )
+
+LOSS_SHOULD_FALL = (
+    "The loss of this method should fall from where it starts: no advantages cancel in it. Whether the policy improves "
+    "is seen on the held-out problems."
+)
+
+
+def about_loss(resolved: Iterable[str]) -> str:
+    """What to make of the loss of a method, from the addresses in force in it.
+
+    With a credit stage advantages cancel; without one (supervised fine-tuning, preferences) the loss is a distance.
+    """
+    slots = {path.rpartition(" / ")[2].rpartition(":")[2] for path in resolved}
+    return WHY_LOSS_IS_ZERO if "credit" in slots or not slots else LOSS_SHOULD_FALL
 
 
 _LARGEST_INT = 2**1000  # a JSON integer may be larger than any float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,88 @@ def _log(kit: Kit, batch: Batch) -> None:
     kit.log("dead_groups", groups.distinct(groups.same(score).double()).mean())
     kit.log("length", batch.mask.sum(1).double().mean())
     kit.log("truncated", batch.truncated.double().mean())
+
+
+def _batches_sane(options: Mapping[str, Any]) -> str | None:
+    return None if options["batches"] >= 0 else f"batches={options['batches']} must be at least 0"
+
+
+@piece("collect", validate=_batches_sane)
+def dynamic_sampling(kit: Kit, *, inner: Callable[[], Batch], batches: int = 10, strict: bool = False) -> Batch:
+    """A wrap: collect again and again until as many groups differ in their rewards as one collect gives groups.
+
+    All-equal groups are dropped, a surplus too; every decision made counts, dropped or not. batches: collects at most;
+    0 takes one as it is. When that is not enough, the groups that were found are used (one dead batch, which teaches
+    nothing, if there are none), or the run stops with EnvironmentFailure if `strict`, as verl does.
+    Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2.
+    """
+    rows = kit.counted(inner)
+    if batches == 0:
+        return rows
+    wanted, made, live = rows.by("group").size, 1, []
+    found = 0
+    while True:
+        group = rows.by("group")
+        mixed = ~group.same(rows.score())
+        live.append(rows.take(mixed))
+        found += len(torch.unique(rows.group[mixed]))
+        if found >= wanted or made >= batches:
+            break
+        rows, made = kit.counted(inner), made + 1
+    kit.log("generated_batches", made)
+    kit.log("live_groups", min(found, wanted))
+    if found < wanted and strict:
+        raise EnvironmentFailure(
+            f"{made} batches gave {found} groups whose rewards differ, and an update needs {wanted}. The problems are "
+            f"too easy or too hard by now: change them, allow more batches, or leave strict off to learn from fewer."
+        )
+    if not found:
+        return rows
+    kept = Batch.cat(live)
+    return kept.take(kept.by("group").index < wanted)
+
+
+@piece("collect", writes=("pair", "preferred"))
+def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch]) -> Batch:
+    """A wrap: the best and the worst response of every group become a preference pair; all-equal groups are left out.
+
+    Writes `pair` [N], the group's id, and `preferred` bool [N]. Raises EnvironmentFailure when no group has a pair.
+    """
+    rows = kit.counted(inner)
+    score, group = rows.score(), rows.by("group")
+    rank = group.rank(score)
+    best, worst = rank == group.count() - 1, rank == 0
+    chosen = (best | worst) & ~group.same(score)
+    kit.log("pairs", chosen.double().sum() / 2)
+    if not bool(chosen.any()):
+        raise EnvironmentFailure(
+            "every group of this batch got one reward for all its responses, so none is preferred to another. Take "
+            "more prompts a batch, larger groups, or problems that are sometimes answered right."
+        )
+    return rows.put(pair=rows.group, preferred=best).take(chosen)
+
+
+@piece(
+    "collect",
+    writes=("prompt", "prompt_mask", "action", "mask", "pair", "preferred", "episode", "source", "age", "question",
+            "response"),
+    state={"ids": first_id},
+)  # fmt: skip
+def preferences(kit: Kit, *, pairs: int = 16) -> Batch:
+    """`pairs` preference pairs of the environment, two rows each: the chosen response, then the rejected one.
+
+    `pair` [N] numbers them in the run, `preferred` bool [N]; `source` is expert, every token counts.
+    """
+    drawn = kit.environment.preferences(pairs)
+    rows = expert_rows(kit.models["policy"], [(p, text) for p, *both in drawn for text in both])
+    ids = kit.state["ids"]
+    kit.state["ids"] = {**ids, "group": ids["group"] + pairs, "episode": ids["episode"] + 2 * pairs}
+    kit.log("length", rows.mask.sum(1).double().mean())
+    return rows.put(
+        pair=ids["group"] + torch.arange(pairs).repeat_interleave(2),
+        preferred=torch.tensor([True, False]).repeat(pairs),
+        episode=ids["episode"] + torch.arange(2 * pairs),
+    )
 
 
 @piece(

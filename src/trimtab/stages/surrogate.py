@@ -19,6 +19,7 @@ from trimtab.core.piece import Piece, piece
 from trimtab.core.terms import Term, mask_of, rows_of
 
 Now = Mapping[str, Tensor]
+HARD = ("one_side", "two_side", "ring")  # shapes that leave decisions out where the ratio is out of bounds
 
 
 class Bound(NamedTuple):
@@ -46,14 +47,16 @@ def token_ratio(batch: Batch, now: Now, *, limit: float = 20.0) -> Tensor:
 def sequence_ratio(batch: Batch, now: Now, *, mean: bool = True, limit: float = 20.0) -> Tensor:
     """`s_i = exp(clamp(sum_t m (logp_t - logp_old_t) / |y_i|, -limit, limit))`, the same at each decision, `[N, T]`.
 
-    mean: divide by the number of decisions (GSPO, Zheng et al. 2025, arXiv 2507.18071, eq. 7); without, the ratio of
-    the whole sequence (RLOO as TRL has it).
+    mean: divide by the number of decisions (GSPO, Zheng et al. 2025, arXiv 2507.18071, eq. 7) and reduce per="row";
+    without, the ratio of the whole sequence (RLOO as TRL has it), to be reduced per="row_sum". Each decision's gradient
+    goes through its own log-probability, `s_i grad logp_t`, so that these reductions give the gradient of `s_i`
+    itself: `s_i / |y_i| sum_t grad logp_t`, and `s_i sum_t grad logp_t`.
     """
-    mask = batch.mask
-    drift = (now["logp"] - old_logp(batch, now)).mul(mask).sum(1, keepdim=True)
+    mask, logp = batch.mask, now["logp"]
+    drift = (logp.detach() - old_logp(batch, now)).mul(mask).sum(1, keepdim=True)
     if mean:
         drift = drift / mask.sum(1, keepdim=True).clamp_min(1)
-    return drift.clamp(-limit, limit).exp().expand(mask.shape)
+    return drift.clamp(-limit, limit).exp() * (logp - logp.detach()).mul(mask).exp()
 
 
 # -- parts: bound ------------------------------------------------------------------------------------------------
@@ -63,6 +66,9 @@ def _clip_sane(options: Mapping[str, Any]) -> str | None:
     low = options["low"]
     if isinstance(low, (int, float)) and not 0 <= low <= 1:
         return f"low={low} must be in [0, 1]: the ratio is bounded below by 1 - low"
+    high = options["high"]
+    if isinstance(high, (int, float)) and not high >= 0:
+        return f"high={high} must be at least 0: the ratio is bounded above by 1 + high"
     return None
 
 
@@ -118,6 +124,8 @@ def _consistent(options: Mapping[str, Any]) -> str | None:
         return "shape=score_function() uses no ratio and no bound, so they would be ignored; leave them out"
     if shape.core.name != "score_function" and ratio is None:
         return f"shape={shape.name}() needs a ratio, for example ratio=token_ratio()"
+    if shape.core.name in HARD and bound is None:
+        return f"shape={shape.name}() needs a bound, for example bound=clip(0.2, 0.2)"
     return None
 
 
@@ -150,7 +158,8 @@ def surrogate(
             terms.append(Term(((advantage > 0) & (r > b.high)).to(value.dtype), "clip_high", metric=True))
             terms.append(Term(((advantage < 0) & (r < b.low)).to(value.dtype), "clip_low", metric=True))
         if "logp_behavior" in batch:
-            gap = (old_logp(batch, now) - batch.logp_behavior).abs()
+            # Unguarded: `logp_old` is looked at where another piece asked for it, and is no need of this one.
+            gap = (old_logp(batch.guarded(None), now) - batch.logp_behavior).abs()
             terms.append(Term(gap.to(value.dtype), "sampler_gap", metric=True))
     return terms
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.batch import Batch
@@ -37,3 +38,42 @@ def kl_penalty(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.04, e
     d = (batch.logp_ref - now["logp"]) * batch.mask
     k = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(d) - d}[estimator]()
     return [Term(coef * k, "kl_loss"), Term(k.detach(), "kl", metric=True)]
+
+
+SHAPES = ("sigmoid", "hinge", "ipo")
+
+
+def _preference_sane(options: Mapping[str, Any]) -> str | None:
+    shape, smoothing = options["shape"], options["smoothing"]
+    if shape not in SHAPES:
+        return f"shape={shape!r} is not known. {nearest(str(shape), SHAPES)}"
+    if not 0 <= smoothing < 0.5:
+        return f"smoothing={smoothing} must be in [0, 0.5), the share of labels that are wrong"
+    if smoothing and shape != "sigmoid":
+        return f"smoothing={smoothing} belongs to shape='sigmoid'; shape={shape!r} would ignore it"
+    return None if options["beta"] > 0 else f"beta={options['beta']} must be above 0"
+
+
+@piece("loss", slot="preference", reads=("logp_ref", "pair", "preferred", "mask"), wants=("logp",),
+       validate=_preference_sane, per="pair", unit="pair")  # fmt: skip
+def preference(
+    batch: Batch, now: Mapping[str, Tensor], *, beta: float = 0.1, shape: str = "sigmoid", smoothing: float = 0.0
+) -> list[Term]:
+    """One value per pair, at both of its rows; `h = sum_t m (logp - logp_ref)`, `d = h_chosen - h_rejected`.
+
+    "sigmoid": `-(1 - s) log sigma(beta d) - s log sigma(-beta d)`, s = smoothing in [0, 0.5) (Rafailov et al. 2023,
+    eq. 7; Mitchell 2023 for s > 0). "hinge": `max(0, 1 - beta d)` (Zhao et al. 2023). "ipo": `(d - 1 / (2 beta))^2`,
+    its h divided by the response's length (Azar et al. 2023, eq. 17, length-averaged as in TRL).
+    Metrics: `margin`, beta d, and `preferred_right`, the share of pairs with d > 0.
+    """
+    drift = ((now["logp"] - batch.logp_ref) * batch.mask).sum(1)
+    if shape == "ipo":
+        drift = drift / batch.mask.sum(1).clamp_min(1)
+    d = batch.by("pair").sum(torch.where(batch.preferred.bool(), drift, -drift))
+    if shape == "sigmoid":
+        value = -(1 - smoothing) * F.logsigmoid(beta * d) - smoothing * F.logsigmoid(-beta * d)
+    else:
+        value = (1 - beta * d).clamp_min(0) if shape == "hinge" else (d - 1 / (2 * beta)).square()
+    d = d.detach()
+    right = Term((d > 0).to(d.dtype), "preferred_right", metric=True)
+    return [Term(value, "preference"), Term(beta * d, "margin", metric=True), right]

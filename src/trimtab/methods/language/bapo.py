@@ -51,7 +51,7 @@ def search(at: Callable[[float, float], float], target: float, low: Range, high:
     bounds = {"low": low[0], "high": high[0]}
     for name in ("high", "low") if order == "high_first" else ("low", "high"):
         _, most, step = low if name == "low" else high
-        while step > 0 and bounds[name] < most - TOLERANCE and at(**bounds) < target - TOLERANCE:
+        while step > 0 and bounds[name] < most - TOLERANCE and at(bounds["low"], bounds["high"]) < target - TOLERANCE:
             bounds[name] = min(bounds[name] + step, most)
     return Bound(**bounds)
 
@@ -96,7 +96,8 @@ def balanced(
     found = search(at, target, low, high, order)
     kit.log("bound_low", found.low)
     kit.log("bound_high", found.high)
-    for name, value in (("positive_share_start", at(low[0], high[0])), ("positive_share", at(*found))):
+    shares = {"positive_share_start": at(low[0], high[0]), "positive_share": at(float(found.low), float(found.high))}
+    for name, value in shares.items():
         if math.isfinite(value):
             kit.log(name, value)
     return found

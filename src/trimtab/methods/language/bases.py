@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from trimtab.core.copies import frozen
+from trimtab.core.errors import MethodError, nearest
 from trimtab.core.method import Method, Track
 from trimtab.core.piece import Schedule
 from trimtab.core.registry import Neutral, method
 from trimtab.core.schedules import linear
 from trimtab.stages.annotate import logp_old, logp_ref
 from trimtab.stages.collect import demonstrations, rollouts
-from trimtab.stages.credit import group_mean, group_normalised, leave_one_out
-from trimtab.stages.surrogate import clip, pessimistic, score_function, surrogate, token_ratio
+from trimtab.stages.credit import group_mean, group_normalised, kl_in_reward, leave_one_out
+from trimtab.stages.surrogate import clip, pessimistic, score_function, sequence_ratio, surrogate, token_ratio
 from trimtab.stages.terms import kl_penalty, nll
 from trimtab.stages.update import adamw
 
@@ -51,14 +52,41 @@ def reinforce(*, lr: float | Schedule = DECAY, clip_norm: float | None = 1.0, pe
         level="exact",
         why="with the row left in its own baseline, n/(n-1) is gone and what remains is reinforce",
     ),
+    presets={"trl": {"ratio": "sequence", "kl": 0.05}, "verl": {"ratio": "token", "dual": 3.0}},
 )
-def rloo(base: Method, *, leave_out: bool = True) -> Method:
+def rloo(
+    base: Method,
+    *,
+    leave_out: bool = True,
+    ratio: str = "none",
+    clip_at: float = 0.2,
+    dual: float | None = None,
+    kl: float = 0.0,
+    rows: int | None = None,
+    passes: int = 1,
+) -> Method:
     """Edits to reinforce: credit `R_i - mean_g(R)` -> `R_i - mean_{j != i}(R_j)`.
 
-    The advantage alone, as in verl; TRL adds a KL penalty to the reward and a sequence-level clipped ratio, which are
-    inert on policy with one update per batch and no KL. leave_out: keep the row out of its own baseline.
+    leave_out: keep the row out of its own baseline. ratio: "none" (paper), "token" (verl's PPO loss) or "sequence",
+    `exp(sum_t m (logp - logp_old))` with a mean over rows (TRL), both clipped to [1 - clip_at, 1 + clip_at]; they
+    matter with several updates per batch (rows, passes). dual: verl's dual clip. kl: the price on the reward,
+    `kl sum_t (logp_old - logp_ref)` (TRL has 0.05). TRL and verl disagree in all of these; a preset names each. TRL's
+    optional whitening of the advantage is not offered.
     """
-    return base.swap("credit", leave_one_out() if leave_out else group_mean())
+    made = base.swap("credit", leave_one_out() if leave_out else group_mean()).but(rows=rows, passes=passes)
+    if ratio not in ("none", "token", "sequence"):
+        raise MethodError(f"rloo has ratio={ratio!r}. {nearest(ratio, ('none', 'token', 'sequence'))}")
+    if ratio != "none":
+        taken = token_ratio() if ratio == "token" else sequence_ratio(mean=False)
+        per = made.get("surrogate.per") if ratio == "token" else "row_sum"
+        shape = pessimistic(dual=dual)
+        made = made.swap("surrogate", surrogate(ratio=taken, bound=clip(clip_at, clip_at), shape=shape, per=per))
+    if ratio != "none" or kl:
+        made = made.then(logp_old(always=bool(kl)))
+    if kl:
+        made = made.then(logp_ref()).wrap("credit", kl_in_reward(coef=kl))
+        made = made.but(copies={"reference": frozen("policy")})
+    return made
 
 
 @method(
