@@ -281,10 +281,11 @@ def test_red_drop_counts() -> None:
 
 
 def test_red_drop_keeps_to_its_groups_and_takes_boundary_rewards_as_positive() -> None:
-    rewards, group = [0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], [0, 0, 0, 1, 1, 1, 1, 1]
-    a = credit(REC(preset="red_drop"), rewards, group)
-    assert a[:3].tolist() == [0.0, 0.5, -0.5]  # 0.5 is the mean, so two positives stand against one negative
-    assert sorted(a[3:].tolist()) == [-0.5, 0.0, 0.0, 0.0, 0.5]
+    rewards, group = [2.0, 4.0, 0.0, 2.0, 0.0, 0.0, 0.0, 1.0], [0] * 4 + [1] * 4
+    for seed in range(8):
+        a = credit(REC(preset="red_drop"), rewards, group, seed)
+        assert a[:4].tolist() == [0.0, 2.0, -2.0, 0.0]  # two rewards are the mean, so three stand against one negative
+        assert sorted(a[4:].tolist()) == [-0.5, 0.0, 0.0, 0.5]
 
 
 def test_dropped_rows_stay_in_the_denominator() -> None:
@@ -392,6 +393,7 @@ def test_reinforce_on_fixed_data_converges_to_what_the_behaviour_favours() -> No
         ("rec(eps_high=0.3)+grpo(clip_high=0.28)", "was set"),
         ("rec(mask='none')+bapo", "both swap"),
         ("rec+bnpo", "both swap"),
+        ("rec(mask='sequence_one_side')+gspo", "both swap"),
     ],
 )
 def test_what_is_refused(expression: str, says: str) -> None:
@@ -399,8 +401,18 @@ def test_what_is_refused(expression: str, says: str) -> None:
         parse(expression)
 
 
+def test_a_reduction_asked_for_stays() -> None:
+    for name in ("reinforce", "one_side", "gspo_one_side", "opmd"):
+        method = parse(f"rec(preset='{name}')+grpo(per='row')")
+        assert method.get("surrogate.per") == "row"
+    assert method.get("regulariser.per") == "row"
+    with pytest.raises(MethodError, match=r"'surrogate\.per' was set"):
+        parse("rec(preset='gspo_one_side')+grpo(per='row_sum')")
+
+
 def test_a_bound_of_another_paper_stays() -> None:
     assert parse("rec+grpo(clip_high=0.28)").get("surrogate.bound.high") == 0.28
+    assert parse("rec+gspo").get("surrogate.ratio").name == "sequence_ratio"
     method = parse("rec+bapo")
     assert method.get("surrogate.bound").name == "balanced"
     assert method.get("surrogate.shape").name == "one_side"

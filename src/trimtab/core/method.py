@@ -183,7 +183,7 @@ class Method:
                     f"one would silently undo the other. Choose one of them."
                 )
         doing = f"{author.name} replaces {full!r} ({show(old)}) by {show(value)}"
-        self._keeps(full, doing, again=author.name == YOU, new=value)
+        self._keeps(full, doing, author.name == YOU, value)
         new = _inside(old, value if rest else replace(value, slot=piece.slot), full)
         text = f"{show(getattr(old, 'core', old))} -> {show(value)}"
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
@@ -300,17 +300,10 @@ class Method:
         return path.removeprefix(f"{self.tracks[0].name}:") if self.tracks else path
 
     def _keeps(self, full: str, doing: str, again: bool = False, new: Any = None) -> None:
-        """Refuse `doing` when it loses what was asked for at or below `full`; `again`: at `full` itself it may.
-
-        A `new` piece that holds the same value at the same address below `full` loses nothing there.
-        """
-        here = self._local(full)
-        held: set[str] = set()
-        if isinstance(new, Piece) and self.explicit:
-            before, after = self.flatten(), new.flatten(full)
-            held = {self._local(p) for p, v in after.items() if p != full and show(v) == show(before.get(p))}
-        asked = [(p, self._local(p)) for p in self.explicit]
-        lost = [p for p, local in asked if _covers(here, local) and not (again and local == here) and local not in held]
+        """Refuse `doing` if it loses what was asked for at or below `full` (`again`: below) and is not in `new` too."""
+        here, before, after = self._local(full), self.flatten(), new.flatten(full) if isinstance(new, Piece) else {}
+        asked = [p for p in self.explicit if p == full or p not in after or show(after[p]) != show(before.get(p))]
+        lost = [p for p in asked if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
         if lost:
             raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
 

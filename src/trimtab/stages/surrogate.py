@@ -119,7 +119,7 @@ def idle(batch: Batch) -> Tensor:
 def _consistent(options: Mapping[str, Any]) -> str | None:
     shape, ratio, bound = options["shape"], options["ratio"], options["bound"]
     if not isinstance(shape, Piece):
-        return f"shape={shape!r} must be one of {nearest('', ('score_function', 'pessimistic'))}"
+        return f"shape={shape!r} must be one of {nearest('', ('score_function', 'pessimistic', *HARD))}"
     if shape.core.name == "score_function" and (ratio is not None or bound is not None):
         return "shape=score_function() uses no ratio and no bound, so they would be ignored; leave them out"
     if shape.core.name != "score_function" and ratio is None:

@@ -170,7 +170,8 @@ def _masked(base: Method, mask: str, weigh: Piece | None, outer_low: float, oute
     if weigh is not None:
         made = made.swap("surrogate.weight", weigh)
     if mask == "sequence_one_side":
-        made = made.swap("surrogate.ratio", sequence_ratio()).swap("surrogate.per", "row")
+        made = made.swap("surrogate.ratio", sequence_ratio())
+        made = made if made.get("surrogate.per") == "row" else made.swap("surrogate.per", "row")
     return made
 
 
