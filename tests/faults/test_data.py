@@ -20,9 +20,11 @@ from trimtab.experiment import resume
 from trimtab.policies.builtin import load_policy
 from trimtab.policies.sampler import Sampling, SamplingError
 from trimtab.report.folder import RunFolder
+from trimtab.stages.collect import preferences
 
 torch.set_num_threads(1)
 
+FAST_WITHOUT_ANSWER = "trimtab.environments.rewards:bare_integer"
 GOOD = [{"question": f"{i}+{i}=", "answer": str(2 * i)} for i in range(24)]
 
 
@@ -124,6 +126,17 @@ def test_a_training_problem_that_is_too_long_is_passed_over_counted_and_named(
     records = RunFolder("a").metrics()
     assert sum(r["too_long"] for r in records) >= 1
     assert all(r["rows"] == 3 * (4 if method == "grpo" else 1) * r["turn"] for r in records), "another took its place"
+
+
+def test_a_preference_pair_that_is_too_long_is_passed_over(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}=", "chosen": "1" * (600 if i == 2 else 1), "rejected": "2"} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    environment = load_environment(str(tmp_path / "pairs.jsonl"), holdout=0.0, reward=FAST_WITHOUT_ANSWER)
+    method = find("sft")().swap("collect", preferences(pairs=5))
+    with pytest.warns(TrimtabWarning, match="passed over: the prompt of line 3"):
+        steps = list(run(method, environment, load_policy("nano"), until=2))
+    assert [len(step.batch) for step in steps] == [10, 10]
+    assert sum(step.logs["too_long"] for step in steps) >= 1
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.core.errors.TrimtabWarning")

@@ -226,10 +226,18 @@ def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch]) -> Batch:
 def preferences(kit: Kit, *, pairs: int = 16) -> Batch:
     """`pairs` preference pairs of the environment, two rows each: the chosen response, then the rejected one.
 
-    `pair` [N] numbers them in the run, `preferred` bool [N]; `source` is expert, every token counts.
+    `pair` [N] numbers them in the run, `preferred` bool [N]; `source` is expert, every token counts. A problem that is
+    too long together with an answer is passed over, counted in the log as `too_long`.
     """
-    drawn = kit.environment.preferences(pairs)
-    rows = expert_rows(kit.models["policy"], [(p, text) for p, *both in drawn for text in both])
+    from trimtab.policies.context import that_fit, too_long
+
+    policy: Any = kit.models["policy"]
+
+    def fault(drawn: tuple[Any, str, str]) -> str | None:
+        return too_long(policy, drawn[0], max(len(policy.answer(text)) for text in drawn[1:]))
+
+    drawn = that_fit(kit, kit.environment.preferences, pairs, fault)
+    rows = expert_rows(policy, [(p, text) for p, *both in drawn for text in both])
     ids = kit.state["ids"]
     kit.state["ids"] = {**ids, "group": ids["group"] + pairs, "episode": ids["episode"] + 2 * pairs}
     kit.log("length", rows.mask.sum(1).double().mean())
