@@ -68,6 +68,13 @@ CHILD = textwrap.dedent("""
     def ending(child):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+    def await_turn(out, child, turn):
+        records = out / "metrics.jsonl"
+        while not (records.exists() and records.read_bytes().count(b"\\n") >= turn):
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
+            time.sleep(0.001)
+
     def killed(mode, most):
         # Attempts until one ends by itself, and the checkpoints that each of them found.
         kills, codes, seen, out = 0, [], [], root / mode
@@ -75,8 +82,9 @@ CHILD = textwrap.dedent("""
             seen.append([c.name for c in checkpoints(out / "checkpoints")])
             if mode == "random":
                 child = attempt(out, None)
-                if kills < most:  # early in a run as often as late: what is left of it gets shorter
-                    time.sleep(usual * dice.uniform(0.05, 0.5))
+                if kills < most:
+                    await_turn(out, child, int(seen[-1][-1][5:] if seen[-1] else 0) + dice.randint(1, 4))
+                    time.sleep(dice.uniform(0, usual / 16))  # about a turn, its evaluation or its checkpoint
                     os.kill(child, signal.SIGKILL)  # one that has ended is still ours to wait for
             else:
                 name, nth = dice.choice(STEPS), dice.randint(1, 6)
