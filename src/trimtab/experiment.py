@@ -380,6 +380,7 @@ def evaluate_folder(path: str | Path, *, problems: int | None = None, env: str |
         request = replace(request, env=env, reward=None, prompt=None)
     if problems is not None:
         request = replace(request, eval_problems=problems)
+    check_numbers(request)
     made = build(request)
     started = time.perf_counter()
     before = made.evaluate().summary()

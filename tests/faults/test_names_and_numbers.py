@@ -110,11 +110,12 @@ def test_the_command_line_refuses_the_same_numbers(name: str, say: Say, tmp_path
     assert not (tmp_path / "a").exists()
 
 
-def test_resume_refuses_a_number_of_turns_that_is_none(tmp_path: Path) -> None:
+def test_resume_and_eval_refuse_a_number_that_is_none(tmp_path: Path, say: Say) -> None:
     train(ask(tmp_path / "a", steps=2), mode="silent")
     for steps in (0, -1):
         with pytest.raises(MethodError, match=f"steps={steps} must be a whole number of at least 1"):
             resume(tmp_path / "a", steps=steps, mode="silent")
+    refused(say("eval", "a", "--problems", "0"), "eval_problems=0 must be a whole number of at least 1")
     assert len(RunFolder(tmp_path / "a").metrics()) == 2
 
 
