@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Names are imported when first used: `trimtab --help` must not wait for torch.
 _HOMES = {
     "Batch": "trimtab.core.batch",
+    "Evaluator": "trimtab.evaluation",
     "Method": "trimtab.core.method",
     "Term": "trimtab.core.terms",
     "begin": "trimtab.core.loop",

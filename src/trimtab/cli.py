@@ -21,23 +21,17 @@ Folder = Annotated[Positional[str], arg(metavar="DIR", help="A run folder.")]
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train a policy with a method on an environment, into a run folder.
+class Setting:
+    """What a run needs besides its method: shared by all arms of a comparison."""
 
-    trimtab train grpo --policy smollm2 --env 'reasoning-gym:chain_sum(min_terms=2,max_terms=2)'
-    """
-
-    method: Expression
     policy: str
     """smollm2, tiny, nano, a Hugging Face id, or a local model or adapter folder."""
     env: str
     """'reasoning-gym:NAME(key=value, ...)', FILE.jsonl, or 'datasets:NAME(...)'."""
-    out: str = ""
-    """The run folder; runs/METHOD-POLICY-sSEED by default. One that holds a run is refused: resume it."""
-    steps: int = 60
-    """Turns: one batch of rollouts and its updates."""
-    seed: int = 0
-    """Of everything random. The held-out problems do not depend on it."""
+    steps: int | None = None
+    """Turns: one batch of rollouts and its updates (default: 60)."""
+    decisions: int | None = None
+    """Instead of --steps: stop after the first turn that reaches this many decisions (tokens) of the policy."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """piece.option=value, once per option, for example --set update.lr=1e-5 --set collect.group=16."""
     rows: int | None = None
@@ -60,24 +54,107 @@ class Train:
     """Turns between evaluations on held-out problems."""
     eval_problems: int = 50
     """Held-out problems per evaluation."""
+    eval_env: str | None = None
+    """Another environment to be held out on, with the same reward and prompt (default: the one trained on)."""
+    eval_samples: int = 1
+    """Answers to each held-out problem; more than one needs a temperature above 0."""
+    eval_k: str = ""
+    """For pass@k: 1,4 for example, each at most the number of samples."""
+    eval_temperature: float = 0.0
+    """Of evaluated answers; 0 is greedy."""
     save_every: int = 25
     """Turns between checkpoints; one is always made at the end and on Ctrl-C."""
-    keep: int = 2
-    """Checkpoints kept."""
     threads: int = 0
     """CPU threads; 0 chooses: the idle cores for a real model, 1 for a small one."""
     tensorboard: bool = False
     """Also write OUT/tensorboard, to be read by `tensorboard --logdir` (needs the extra `tensorboard`)."""
+
+    def request(self, method: str, out: str, **more: Any) -> Any:
+        """The whole request. Raises MethodError for two budgets."""
+        from trimtab.commands import one_budget
+        from trimtab.experiment import Request
+
+        one_budget(self.steps, self.decisions)
+        wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
+        if self.steps is not None:
+            wanted["steps"] = self.steps
+        return Request(method, out=out, **wanted, **more)
+
+
+Settings = Annotated[Setting, arg(name="")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy with a method on an environment, into a run folder.
+
+    trimtab train grpo --policy smollm2 --env 'reasoning-gym:chain_sum(min_terms=2,max_terms=2)'
+    """
+
+    method: Expression
+    setting: Settings
+    out: str = ""
+    """The run folder; runs/METHOD-POLICY-sSEED by default. One that holds a run is refused: resume it."""
+    seed: int = 0
+    """Of everything random. The held-out problems do not depend on it."""
+    keep: int = 2
+    """Checkpoints kept."""
     json: bool = False
     """Print one JSON object at the end, and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.experiment import Request, train
+        from trimtab.experiment import train
 
-        wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("json", "out")}
-        plain = "".join(c if c.isalnum() or c in "._-+" else "-" for c in f"{self.method}-{Path(self.policy).name}")
-        out = self.out or f"runs/{plain}-s{self.seed}"
-        return _outcome(train(Request(**wanted, out=out), mode="silent" if self.json else "auto"), self.json)
+        out = self.out or f"runs/{_plain(self.method, Path(self.setting.policy).name)}-s{self.seed}"
+        request = self.setting.request(self.method, out, seed=self.seed, keep=self.keep)
+        return _outcome(train(request, mode="silent" if self.json else "auto"), self.json)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare methods with the first one: same seeds, same budget in decisions. Repeat the command to go on with it.
+
+    trimtab compare grpo 'grpo(clip_high=0.28)' --policy smollm2 --env 'reasoning-gym:chain_sum(max_terms=2)' --seeds 5
+    """
+
+    methods: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="EXPR EXPR ...", help="2 to 6 methods, options of one in its brackets; the first is the base."),
+    ]
+    setting: Settings
+    """--steps counts turns of the first method; the others get, seed by seed, the decisions that it used."""
+    out: str = ""
+    """The folder of all runs; runs/compare-METHODS-POLICY by default."""
+    seeds: int = 5
+    """How many seeds; each is run under every method."""
+    first_seed: int = 0
+    """The seeds are this one and those that follow."""
+    jobs: int = 1
+    """Runs at once, each a process with one thread."""
+    json: bool = False
+    """Print the object of comparison.json at the end, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.comparison import compare
+        from trimtab.describe import comparison_tables
+
+        out = self.out or f"runs/compare-{_plain(*self.methods, Path(self.setting.policy).name)}"
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        request = self.setting.request("", out)
+        made = compare(request, self.methods, seeds, jobs=self.jobs, mode="silent" if self.json else "auto")
+        if self.json:
+            print(json.dumps(made))
+        else:
+            for title, heads, rows in comparison_tables(made):
+                if rows:
+                    _table(title, heads, rows)
+            print("\n".join([*made["conclusions"], *(f"note: {note}" for note in made["notes"])]))
+            if "report" in made:
+                print(f"report: {made['report']}")
+        if not made["finished"]:
+            print(f"stopped; go on with: {made['command']}", file=sys.stderr)
+            return 130
+        return 1 if any(a["failures"] for a in made["arms"]) else 0
 
 
 @dataclass(frozen=True)
@@ -87,13 +164,16 @@ class Resume:
     run: Folder
     steps: int | None = None
     """Another total number of turns (default: as first asked)."""
+    decisions: int | None = None
+    """Another total number of decisions, instead of turns."""
     json: bool = False
     """Print one JSON object at the end, and nothing else."""
 
     def __call__(self) -> int:
         from trimtab.experiment import resume
 
-        return _outcome(resume(self.run, mode="silent" if self.json else "auto", steps=self.steps), self.json)
+        mode = "silent" if self.json else "auto"
+        return _outcome(resume(self.run, mode=mode, steps=self.steps, decisions=self.decisions), self.json)
 
 
 @dataclass(frozen=True)
@@ -105,13 +185,20 @@ class Eval:
     """How many held-out problems (default: as in training)."""
     env: str | None = None
     """Another environment to be held out on."""
+    samples: int | None = None
+    """Answers to each problem; more than one needs a temperature above 0 (default: as in training)."""
+    k: str | None = None
+    """For pass@k: 1,4,8 for example, each at most the number of samples (default: as in training)."""
+    temperature: float | None = None
+    """Of the answers; 0 is greedy (default: as in training)."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
     def __call__(self) -> int:
         from trimtab.experiment import evaluate_folder
 
-        return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env), self.json)
+        options = {"samples": self.samples, "k": self.k, "temperature": self.temperature}
+        return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env, **options), self.json)
 
 
 @dataclass(frozen=True)
@@ -248,6 +335,7 @@ class Doctor:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Resume, subcommand("resume")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Methods, subcommand("methods")]
@@ -259,20 +347,39 @@ Command = (
 
 def _outcome(made: dict[str, Any], as_json: bool) -> int:
     """Say what came of a run: one JSON object, or sentences."""
+    from trimtab.report.records import to_json
+    from trimtab.report.words import is_number
+
     if as_json:
-        print(json.dumps(made))
+        print(to_json(made))
         return 0
     before, after = made["eval"]["before"], made["eval"]["after"]
 
     def said(e: dict[str, Any]) -> str:
-        return f"{e['mean']:.1%} [{e['low']:.1%}, {e['high']:.1%}] of {e['n']}" if e else "not measured"
+        if not e:
+            return "not measured"
+        known = is_number(e["low"]) and is_number(e["high"])  # one problem has no spread
+        ends = f" [{e['low']:.1%}, {e['high']:.1%}]" if known else ""
+        return f"{e['mean']:.1%}{ends} of {e['n']}"
 
     print(f"held-out: {said(before)} before, {said(after)} after, {made['seconds']:.0f} s")
+    asked = after.get("pass_at", {})
+    if asked:
+
+        def cell(e: dict[str, Any], k: str) -> str:
+            return said({**e["pass_at"][k], "n": e["n"]}) if k in e.get("pass_at", {}) else "not measured"
+
+        _table("held-out", ["", "before", "after"], [[f"pass@{k}", cell(before, k), cell(after, k)] for k in asked])
     if not made.get("finished", True):
         print(f"stopped after turn {made['turns']}; go on with: trimtab resume {made['run']}")
     if "report" in made:
         print(f"report: {made['report']}")
     return 0
+
+
+def _plain(*parts: str) -> str:
+    """Text as part of a file name."""
+    return "".join(c if c.isalnum() or c in "._-+" else "-" for c in "-".join(parts))
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]]) -> None:

@@ -118,3 +118,24 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
     if held > cores() / 2:
         advice.append(f"{held:.1f} cores are busy; with more threads than idle cores training is ten times slower")
     return facts, advice
+
+
+def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a comparison: each arm by itself, then each against the first, as `(title, heads, rows)`."""
+    from trimtab.report.paired import METRICS, PRIMARY, effect_of, mean_of, said
+    from trimtab.report.words import duration
+
+    alone = []
+    for a in made["arms"]:
+        value = mean_of(a["metrics"][PRIMARY]) if PRIMARY in a["metrics"] else "-"
+        spent = [f"{a['decisions']:,}", f"{a['updates']:,}", duration(a["seconds"])]
+        alone.append([a["arm"], value, f"{a['seeds']} of {a['of']}", *spent])
+    paired = []
+    for r in made["rows"]:
+        smallest = "-" if r["detectable"] is None else said(r["detectable"], r["share"])
+        paired.append([r["arms"][1], r["label"], effect_of(r), smallest, f"{len(r['seeds'])} of {r['of']}"])
+    heads = ["arm", METRICS[PRIMARY], "seeds", "decisions", "updates", "training"]
+    return [
+        ("arms", heads, alone),
+        (f"against {made['base']}", ["arm", "measure", "difference", "smallest shown", "seeds"], paired),
+    ]

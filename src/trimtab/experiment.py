@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,15 +12,18 @@ from typing import Any
 import torch
 
 from trimtab import __version__
+from trimtab.commands import command, one_budget
 from trimtab.core.batch import Batch
 from trimtab.core.errors import CheckpointError, DiskError, MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
 from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
-from trimtab.evaluation import Evaluation, evaluate
+from trimtab.disk import disk_notes
+from trimtab.evaluation import Evaluation, Evaluator, answer_length, whole_numbers
 from trimtab.interrupt import interruptible
 from trimtab.limits import check_numbers, check_written
+from trimtab.literals import literal
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
@@ -38,9 +40,14 @@ SMALL = ("nano", "tiny")
 class Request:
     """What a user asked for; written to `config.json`, and enough to rebuild the run.
 
-    steps: turns of the loop. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
+    steps: turns of the loop. decisions: instead of steps, stop after the first turn that reaches this many decisions of
+    our policy; schedules follow. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
-    checkpoints. keep: checkpoints kept. threads: 0 chooses. tensorboard: also write event files.
+    checkpoints. eval_env: another environment to be held out on, with the same reward and prompt. eval_samples, eval_k
+    ("1,4"), eval_temperature: see `Evaluator`. keep: checkpoints kept. threads: 0 chooses.
+    tensorboard: also write event files.
+
+    Raises TrimtabError for a count that cannot be, and for options of the evaluation that contradict each other.
     """
 
     method: str
@@ -48,6 +55,7 @@ class Request:
     env: str
     out: str
     steps: int = 60
+    decisions: int | None = None
     seed: int = 0
     set: tuple[str, ...] = ()
     lora: int = 0
@@ -60,29 +68,51 @@ class Request:
     memory: int | None = None
     eval_every: int = 10
     eval_problems: int = 50
+    eval_env: str | None = None
+    eval_samples: int = 1
+    eval_k: str = ""
+    eval_temperature: float = 0.0
     save_every: int = 25
     keep: int = 2
     threads: int = 0
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        self.evaluator()
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What the run may use, by counter of the clock."""
+        return {"turns": self.steps} if self.decisions is None else {"decisions": self.decisions}
+
+    def evaluator(self, environment: Any = None, new_tokens: int = 16) -> Evaluator:
+        """How this request wants its policy evaluated."""
+        k = whole_numbers(self.eval_k)
+        problems, samples = self.eval_problems, self.eval_samples
+        return Evaluator(environment, problems, new_tokens, self.eval_temperature, samples, k)
+
 
 @dataclass
 class Experiment:
-    """What a request builds: the method with every setting applied, its environment and its policy."""
+    """What a request builds: the method with every setting applied, its environment and its policy.
+
+    exam: the environment that the policy is evaluated on; the training one unless another was asked for.
+    """
 
     request: Request
     method: Method
     environment: Any
     policy: Any
-
-    @property
-    def new_tokens(self) -> int:
-        """Length of an evaluated answer: that of the method's rollouts, else 16."""
-        known = self.method.flatten()
-        return int(known.get("collect.new_tokens", 16))
+    exam: Any
 
     def evaluate(self) -> Evaluation:
-        return evaluate(self.policy, self.environment, problems=self.request.eval_problems, new_tokens=self.new_tokens)
+        return self.request.evaluator(self.exam, answer_length(self.method))(self.policy)
+
+    def close(self) -> None:
+        """End the processes of the environments."""
+        self.environment.close()
+        self.exam.close()
 
 
 def settle(request: Request) -> Request:
@@ -105,26 +135,6 @@ def configured(request: Request) -> Method:
     return method
 
 
-def literal(text: str) -> Any:
-    """A value given on the command line: a Python literal, a schedule such as linear(1e-5, 0), else text."""
-    import ast
-
-    from trimtab.core import schedules
-    from trimtab.core.piece import Schedule
-
-    known = {n: v for n, v in vars(schedules).items() if isinstance(v, type) and issubclass(v, Schedule)}
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known:
-            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
-            return known[node.func.id](*[ast.literal_eval(a) for a in node.args], **named)
-        return ast.literal_eval(node)
-    except (SyntaxError, ValueError):
-        return text.strip()
-    except TypeError as e:
-        raise MethodError(f"{text!r} is not a schedule that can be made: {e}") from None
-
-
 def build(request: Request) -> Experiment:
     """Everything a run needs, fresh. Raises a TrimtabError that says what cannot be had and what can."""
     from transformers.utils import logging as quiet
@@ -135,9 +145,11 @@ def build(request: Request) -> Experiment:
     quiet.disable_progress_bar()
     torch.set_num_threads(max(1, request.threads))
     method = configured(request)
-    environment = load_environment(request.env, seed=request.seed, reward=request.reward, prompt=request.prompt)
+    rules: dict[str, Any] = {"seed": request.seed, "reward": request.reward, "prompt": request.prompt}
+    environment = load_environment(request.env, **rules)
+    exam = environment if request.eval_env is None else load_environment(request.eval_env, **rules)
     policy = load_policy(request.policy, lora=request.lora, dtype=request.dtype, chat=request.chat, seed=request.seed)
-    return Experiment(request, method, environment, policy)
+    return Experiment(request, method, environment, policy, exam)
 
 
 def config(made: Experiment) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def config(made: Experiment) -> dict[str, Any]:
         "policy": made.policy.describe(),
         "environment": made.environment.describe(),
         "seed": request.seed,
-        "until": {"turns": request.steps},
+        "until": request.budget,
         "request": asdict(request),
         "resolved": {k: show(v).strip("'") for k, v in made.method.flatten().items()},
         "fingerprint": made.method.fingerprint(),
@@ -162,24 +174,6 @@ def config(made: Experiment) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def command(request: Request) -> str:
-    """The command line that repeats this run."""
-    words = ["trimtab", "train", request.method]
-    fresh = Request("", "", "", "")
-    for name, value in asdict(request).items():
-        flag = "--" + name.replace("_", "-")
-        if name == "method" or value is None or (name not in ("policy", "env") and value == getattr(fresh, name)):
-            continue
-        if name == "set":
-            for pair in value:
-                words += ["--set", pair]
-        elif name == "tensorboard":
-            words.append(flag)
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)
 
 
 # -- running -----------------------------------------------------------------------------------------------------
@@ -200,7 +194,6 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
 
     mode: "auto" (live on a terminal), "plain", or "silent".
     """
-    check_numbers(request)
     if request.tensorboard:
         needs_tensorboard()
     made = build(settle(request))
@@ -209,15 +202,19 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     return _guarded(made, state, folder, Tally(), mode)
 
 
-def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) -> dict[str, Any]:
+def resume(
+    path: str | Path, *, mode: str = "auto", steps: int | None = None, decisions: int | None = None
+) -> dict[str, Any]:
     """Go on from the newest checkpoint of a run folder, to the same bits an uninterrupted run would have reached.
 
-    steps: another total number of turns. Raises CheckpointError or RunFolderError with the reason when it cannot.
+    steps, decisions: another total, of turns or of decisions (not both). Raises CheckpointError or
+    RunFolderError with the reason when it cannot.
     """
+    one_budget(steps, decisions)
     folder = RunFolder(path)
     request = request_of(folder)
-    request = request if steps is None else replace(request, steps=steps)
-    check_numbers(request)
+    if steps is not None or decisions is not None:
+        request = replace(request, steps=request.steps if steps is None else steps, decisions=decisions)
     if request.tensorboard:
         needs_tensorboard()
     made = build(request)
@@ -233,8 +230,8 @@ def resume(path: str | Path, *, mode: str = "auto", steps: int | None = None) ->
     seen, past = folder.evaluations(), folder.metrics()
     tally = Tally(seconds=past[-1]["seconds"] if past else 0.0)
     if seen:
-        tally.before = {k: seen[0][k] for k in ("mean", "low", "high", "n")}
-        tally.after = {k: seen[-1][k] for k in ("mean", "low", "high", "n")}
+        stable = ("mean", "low", "high", "n", "pass_at")
+        tally.before, tally.after = ({k: seen[i][k] for k in stable if k in seen[i]} for i in (0, -1))
     return _guarded(made, state, folder, tally, mode, notes=differences)
 
 
@@ -256,7 +253,7 @@ def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mo
             error.add_note(str(another))
         raise
     finally:
-        made.environment.close()
+        made.close()
 
 
 def _go(
@@ -264,23 +261,24 @@ def _go(
 ) -> dict[str, Any]:
     request = made.request
     title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
-    view = Watchers(LiveView(request.steps, "turns", title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    ((unit, until),) = request.budget.items()
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
     if request.tensorboard:
         view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
-        for text in notes or []:
+        for text in [*(notes or []), *disk_notes(state, folder.checkpoints, request.keep)]:
             view.note(text)
         if not tally.before:
-            _record_evaluation(made, folder, view, tally, turn=0, stage="before")
+            _record_evaluation(made, folder, view, tally, state, stage="before")
         models = {"policy": made.policy}
-        loop = run(made.method, made.environment, models, until=request.steps, state=state, memory=request.memory)
+        loop = run(made.method, made.environment, models, until=request.budget, state=state, memory=request.memory)
         started = time.perf_counter()
         for step in saved_if_not_finite(loop, state, folder, request.keep):
             tally.seconds += time.perf_counter() - started
             _record_turn(made, folder, view, tally, step)
-            last = step.turn >= request.steps
+            last = state.clock.reached(request.budget)
             if last or step.turn % request.eval_every == 0:
-                _record_evaluation(made, folder, view, tally, step.turn, "after" if last else f"turn {step.turn}")
+                _record_evaluation(made, folder, view, tally, state, "after" if last else f"turn {step.turn}")
             if last or interrupted() or step.turn % request.save_every == 0:
                 folder.sync()
                 save(state, folder.checkpoints, keep=request.keep)
@@ -321,10 +319,11 @@ def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tal
 
 
 def _record_evaluation(
-    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, turn: int, stage: str
+    made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, state: State, stage: str
 ) -> None:
-    result = made.evaluate()
-    folder.write_eval({"turn": turn, "seconds": round(tally.seconds, 3), **result.record(), "temperature": 0})
+    result, turn = made.evaluate(), state.clock.turns
+    clock = {"turn": turn, "decisions": state.clock.decisions, "seconds": round(tally.seconds, 3)}
+    folder.write_eval({**clock, **result.record()})
     if stage in ("before", "after"):
         folder.write_samples({"turn": turn, "split": "eval", "stage": stage, **t} for t in result.transcripts)
     tally.after = result.summary()
@@ -369,26 +368,28 @@ def group_sample(made: Experiment, step: Step) -> Iterator[Mapping[str, Any]]:
         }
 
 
-def evaluate_folder(path: str | Path, *, problems: int | None = None, env: str | None = None) -> dict[str, Any]:
+def evaluate_folder(
+    path: str | Path, *, problems: int | None = None, env: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Evaluate the policy of a run folder on held-out problems: before (its start) and after (its newest checkpoint).
 
-    env: another environment to be held out on; the interval is Wilson's. Nothing in the folder changes.
+    env: another environment to be held out on, with its own scorer. options: samples, k ("1,4") and temperature, as in
+    `Evaluator`. What is left out (None) is as in training. Nothing in the folder changes.
     """
     folder = RunFolder(path)
-    request = request_of(folder)
+    trained = request_of(folder)
+    asked = {"eval_problems": problems, **{f"eval_{name}": value for name, value in options.items()}}
+    request = replace(trained, **{name: value for name, value in asked.items() if value is not None})
     if env is not None:
-        request = replace(request, env=env, reward=None, prompt=None)
-    if problems is not None:
-        request = replace(request, eval_problems=problems)
-    check_numbers(request)
+        request = replace(request, env=env, eval_env=None, reward=None, prompt=None)
     made = build(request)
     started = time.perf_counter()
     before = made.evaluate().summary()
     after = before
     if checkpoints(folder.checkpoints):
-        original = build(replace(request_of(folder), threads=request.threads))
+        original = build(replace(trained, threads=request.threads))
         state = begin(original.method, original.environment, {"policy": original.policy}, seed=request.seed)
         load(state, folder.checkpoints)
-        after = Experiment(request, made.method, made.environment, original.policy).evaluate().summary()
+        after = replace(made, policy=original.policy).evaluate().summary()
     seconds = round(time.perf_counter() - started, 3)
     return {"run": str(folder.path), "seconds": seconds, "eval": {"before": before, "after": after}}

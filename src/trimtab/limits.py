@@ -12,6 +12,7 @@ LARGEST_SEED = 2**63 - 1
 # Least allowed value, and what a user who wrote something else may have wanted.
 WHOLE = {
     "steps": (1, "turns of the loop; to measure a policy untrained, read the first evaluation of any run"),
+    "decisions": (1, "decisions of our policy, instead of steps"),
     "seed": (0, f"at most {LARGEST_SEED}"),
     "lora": (0, "the rank of an adapter; 0 trains all parameters"),
     "rows": (1, "rows per update; leave it out for the method's own"),
@@ -19,11 +20,12 @@ WHOLE = {
     "memory": (1, "rows in memory at once; leave it out for all"),
     "eval_every": (1, "turns between evaluations; a number above steps evaluates only before and after"),
     "eval_problems": (1, "held-out problems per evaluation"),
+    "eval_samples": (1, "answers to each of them"),
     "save_every": (1, "turns between checkpoints; a number above steps saves only at the end"),
     "keep": (1, "checkpoints kept"),
     "threads": (0, "CPU threads; 0 chooses"),
 }
-OPTIONAL = ("rows", "passes", "memory")
+OPTIONAL = ("decisions", "rows", "passes", "memory")
 TEXTS = ("method", "policy", "env", "out")
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.cli import main
 from trimtab.core.errors import MethodError
-from trimtab.core.schedules import linear
+from trimtab.core.schedules import linear, warmup
+from trimtab.environments.text import load_environment
 from trimtab.experiment import Request, build, command, config, configured, literal, resume, train
 from trimtab.report.folder import RunFolder
 
@@ -129,6 +130,65 @@ def test_eval_reads_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(out)["eval"] == made["eval"]
 
 
+PASS = ("--samples", "4", "--k", "1,4", "--temperature", "1")
+
+
+def test_eval_with_pass_at_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(ask(tmp_path / "a"), mode="silent")
+    code, out, _ = say(capsys, "eval", str(tmp_path / "a"), *PASS, "--json")
+    assert code == 0
+    for when in json.loads(out)["eval"].values():
+        assert set(when["pass_at"]) == {"1", "4"}
+        assert when["pass_at"]["1"]["mean"] == pytest.approx(when["mean"])
+        assert when["pass_at"]["1"]["mean"] <= when["pass_at"]["4"]["mean"]
+    code, out, _ = say(capsys, "eval", str(tmp_path / "a"), *PASS)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("pass@")] == ["pass@1", "pass@4"]
+
+
+def test_train_evaluates_as_asked_and_resumes_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "toy:sum(limit=9)"
+    asked = {"eval_env": other, "eval_samples": 3, "eval_k": "1,3", "eval_temperature": 0.7, "eval_problems": 4}
+    made = train(ask(tmp_path / "a", **asked), mode="silent")
+    folder = RunFolder(tmp_path / "a")
+    records = folder.evaluations()
+    assert [r["turn"] for r in records] == [0, 2, 4]
+    for record in records:
+        assert (record["samples"], record["temperature"], record["n"]) == (3, 0.7, 4)
+        assert set(record["pass_at"]) == {"1", "3"}
+        assert record["measure"] == "accuracy at temperature 0.7"
+    held = {p.question for p in load_environment(other).held_out(4)}
+    assert {s["prompt"] for s in folder.samples() if s.get("split") == "eval"} == held
+    for words in ("--eval-env", "--eval-samples 3", "--eval-k 1,3", "--eval-temperature 0.7"):
+        assert words in folder.config()["command"]
+    again = resume(tmp_path / "a", mode="silent", steps=6)
+    assert again["eval"]["before"] == made["eval"]["before"]
+    assert set(again["eval"]["after"]["pass_at"]) == {"1", "3"}
+    report = folder.report.read_text()
+    assert "accuracy at temperature 0.7" in report.lower()
+    assert "Chance that one of k answers is right: pass@1" in report
+    _, out, _ = say(capsys, "eval", str(tmp_path / "a"), "--json")
+    assert json.loads(out)["eval"] == again["eval"], "what is left out is as in training"
+
+
+def test_evaluations_leave_no_trace_in_a_checkpoint(tmp_path: Path) -> None:
+    train(ask(tmp_path / "a"), mode="silent")
+    train(ask(tmp_path / "b", eval_every=100, eval_problems=3, eval_samples=2, eval_temperature=1.0), mode="silent")
+    files = [RunFolder(tmp_path / n).checkpoints / "turn-00000004" for n in "ab"]
+    for name in ("tensors.safetensors", "state.json"):
+        assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
+
+
+def test_a_disk_that_is_too_small_is_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.disk.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    train(ask(tmp_path / "a", steps=1), mode="plain")
+    out = capsys.readouterr().out
+    assert "note: A checkpoint takes about" in out
+    assert out.index("note: A checkpoint") < out.index("turn 1/1")
+
+
 def test_methods_json_has_the_promised_fields(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = say(capsys, "methods", "--json")
     rows = json.loads(out)
@@ -177,6 +237,19 @@ def test_explain_numbers_the_pipeline_in_running_order(capsys: pytest.CaptureFix
         (["train", "grpo", "--policy", "smolm2", "--env", ENV], "smollm2"),
         (["train", "grpo", "--policy", "nano", "--env", "reasoning-gym:chain_sums"], "chain_sum"),
         (["train", "rloo+grpo", "--policy", "nano", "--env", ENV], "both swap 'credit'"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--keep", "0"], "keep=0 must be a whole number"),
+        (
+            ["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-every", "0"],
+            "eval_every=0 must be",
+        ),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--save-every", "0"], "save_every=0 must be"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-k", "4"], "pass@4 needs at least 4 answers"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-samples", "4"], "all be the same"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-temperature", "-1"], "must be 0, which is greedy"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-k", "one"], "such as 1,4,8"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--eval-env", "toys:sum"], "Did you mean 'toy'"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--set", "update.lr=warmpu(3, 1)"], "'warmup'"),
+        (["train", "grpo", "--policy", "nano", "--env", ENV, "--set", "update.lr=warmup(-3, 1)"], "updates=-3"),
         (["resume", "nowhere"], "config.json"),
         (["eval", "nowhere"], "nowhere"),
     ],
@@ -190,6 +263,7 @@ def test_mistakes_are_answered_with_a_sentence(
     assert code == 1
     assert sentence in err
     assert "Traceback" not in err
+    assert not list(tmp_path.rglob("config.json")), "nothing was started"
 
 
 def test_the_recorded_command_repeats_the_request() -> None:
@@ -207,6 +281,8 @@ def test_batch_words_reach_the_method() -> None:
     assert method.get("update.lr") == linear(1e-5, 0)
     assert literal("group") == "group"
     assert literal("None") is None
+    nested = configured(Request("grpo", "", "", "", set=("update.lr=warmup(10, linear(1e-5, 0))",)))
+    assert nested.get("update.lr") == warmup(10, linear(1e-5, 0))
     with pytest.raises(MethodError, match="schedule"):
         literal("linear(1)")
 

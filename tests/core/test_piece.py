@@ -169,3 +169,9 @@ def test_undeclared_state_is_refused() -> None:
         counting(key="seeen")(k, None)
     with pytest.raises(PurityError, match="not remove it"):
         counting(key="gone")(k, None)
+
+
+def test_what_a_wrap_surrounds_is_not_given_by_place() -> None:
+    assert scaled(0.5).options == scaled(by=0.5).options
+    with pytest.raises(MethodError, match=r"scaled has no option '0\.1'"):
+        scaled(0.5, 0.1)

@@ -13,8 +13,10 @@ from tests.spikes.tokens import case
 from trimtab.core.errors import MethodError
 from trimtab.core.loop import run
 from trimtab.core.piece import Schedule
-from trimtab.core.schedules import complement, cosine, inverse, linear, power, warmup_cosine
+from trimtab.core.schedules import complement, cosine, inverse, linear, power, warmup, warmup_cosine
 from trimtab.core.state import Clock
+from trimtab.core.terms import fixed
+from trimtab.literals import literal
 
 torch.set_num_threads(1)
 
@@ -56,6 +58,49 @@ def test_values_by_turn(schedule: Schedule, turns: int, expected: float) -> None
 def test_warmup_then_cosine_by_update(warmup: int, decay: int, updates: int, expected: float) -> None:
     schedule = warmup_cosine(warmup, decay, peak=1.0, valley=0.2)
     assert schedule(at(turns=77, updates=updates)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "updates", "expected"),
+    [(warmup(10, 4.0), 0, 0.0), (warmup(10, 4.0), 5, 2.0), (warmup(10, 4.0), 10, 4.0), (warmup(10, 4.0), 99, 4.0),
+     (warmup(0, 4.0), 0, 4.0), (warmup(4, linear(1.0, 0.0)), 2, 0.4), (warmup(4, linear(1.0, 0.0)), 5, 0.5),
+     (warmup(2, warmup(4, 1.0)), 1, 0.125)],
+)  # fmt: skip
+def test_warmup_by_update(schedule: Schedule, updates: int, expected: float) -> None:
+    clock = Clock(updates=updates, budget={"updates": 10})
+    assert schedule(clock) == pytest.approx(expected, abs=1e-12)
+
+
+def test_schedules_are_read_from_text() -> None:
+    assert literal("warmup(10, linear(1e-5, 0))") == warmup(10, linear(1e-5, 0))
+    assert literal(" inverse(complement(other=cosine(1, 0.5))) ") == inverse(complement(cosine(1, 0.5)))
+    assert literal("fixed(64)") == fixed(64)
+    assert [literal(t) for t in ("1e-5", "None", "group", "'f(x)'", "a b", "-x", "(1, 2)")] == [
+        1e-5, None, "group", "f(x)", "a b", "-x", (1, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("warmpu(10, 1)", "Did you mean 'warmup'"), ("warmup(-1, 1)", "updates=-1 must be a whole number of updates"),
+        ("warmup(2.5, 1)", "whole number"), ("warmup(True, 1)", "whole number"), ("warmup(3, 'x')", "or a schedule"),
+        ("warmup(3, linear(foo, 0))", "'foo' in .* is neither a number nor a schedule"), ("warmup(3)", "can be made"),
+        ("warmup(3, liner(1, 0))", "Did you mean 'linear'"), ("linear('a', 0)", "start='a' must be a number"),
+        ("linear(1, 0, 2)", "can be made"), ("linear(1, until=3)", "can be made"), ("cosine(None, 0)", "a number"),
+        ("warmup_cosine(-1, 2, 1.0, 0.0)", "warmup=-1 must be"), ("Schedule()", "there is no schedule"),
+        ("fixed(0)", "positive"),
+    ],
+)  # fmt: skip
+def test_bad_schedules_are_refused_with_a_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(MethodError, match=sentence):
+        literal(text)
+
+
+def test_a_schedule_needs_numbers() -> None:
+    with pytest.raises(MethodError, match="end=nan must be a number"):
+        linear(1.0, math.nan)
+    assert inverse(4.0)(at()) == 0.25
 
 
 def test_schedules_are_values() -> None:

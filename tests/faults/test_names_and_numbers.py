@@ -99,7 +99,7 @@ def test_a_number_that_is_not_whole_or_too_small_is_refused_before_anything_is_l
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in WHOLE if n != "lora"])
+@pytest.mark.parametrize("name", [n for n in WHOLE if n not in ("lora", "decisions")])
 def test_the_command_line_refuses_the_same_numbers(name: str, say: Say, tmp_path: Path) -> None:
     least = WHOLE[name][0]
     flag = "--" + name.replace("_", "-")

@@ -343,3 +343,10 @@ def test_gym_without_reference_answers():
         environment.demonstrations(1)
     with pytest.raises(EnvironmentFailure, match="own scorer"):
         load_environment(spec, reward="exact").draw(1)
+
+
+def test_toys_pay_for_the_sum_the_first_or_the_larger_number() -> None:
+    for name, right in (("sum", "9"), ("first", "2"), ("larger", "7")):
+        environment = load_environment(f"toy:{name}(limit=9)", holdout=0.0)
+        (problem,) = [p for p in environment.draw(100) if p.question == "2+7="]
+        assert environment.score([problem] * 3, ["9", "2", "7"]) == [float(x == right) for x in ("9", "2", "7")]

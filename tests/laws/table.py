@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from tests.spikes import chord as chord_spike
 from tests.spikes import tokens
 from trimtab.core.method import Method
 from trimtab.core.registry import Definition, methods
+from trimtab.core.schedules import linear, warmup
 from trimtab.methods.cases import case
+from trimtab.stages.probe import held_out
+from trimtab.stages.update import clipped, scheduled, sgd
 
 torch.set_num_threads(1)
 
@@ -58,6 +61,23 @@ def _registered(definition: Definition) -> list[Entry]:
     return [plain, *(preset(name) for name in definition.presets)]
 
 
+def _changed(name: str, how: str, change: Callable[[Method], Method]) -> Entry:
+    """A registered method with a change that a user makes."""
+    entry = _registered(methods()[name])[0]
+    return Entry(f"{name}, {how}", lambda: change(entry.build()), entry.make)
+
+
+def wrapped(method: Method) -> Method:
+    """With a clipped, scheduled update and a probe."""
+    made = method.wrap("update", clipped(0.01)).wrap("update", scheduled(warmup(2, linear(1.0, 0.0))))
+    return made.then(held_out(every=1, problems=2))
+
+
+def plain(method: Method) -> Method:
+    """With plain gradient descent for an update."""
+    return replace(method, explicit=()).swap("update", sgd(lr=0.1))
+
+
 def _spike(name: str, build: Build, definition: Definition | None = None) -> Entry:
     return Entry(name, build, tokens.case, definition, base=lambda **_: bapo_spike.toy_grpo())
 
@@ -67,6 +87,7 @@ def table() -> dict[str, Entry]:
     toy = bapo_spike.toy_grpo
     bapo, d3s, chord = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord
     rows = [entry for d in methods().values() for entry in _registered(d)]
+    rows += [_changed("grpo", "wrapped", wrapped), _changed("reinforce", "wrapped sgd", lambda m: wrapped(plain(m)))]
     rows += [
         _spike("spike:bapo", lambda: bapo(toy()), bapo),
         _spike("spike:d3s", lambda: d3s(toy()), d3s),

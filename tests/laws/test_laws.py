@@ -62,10 +62,10 @@ def test_2_one_fresh_process_resumes_every_method(tmp_path: Path) -> None:
         print(json.dumps(out))
     """)
     root = Path(__file__).parents[2]
+    places = os.pathsep.join([str(root), str(root / "src")])
     done = subprocess.run(
         [sys.executable, "-c", child, str(tmp_path)],
-        capture_output=True, text=True, cwd=root, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])},  # the code of this checkout
+        capture_output=True, text=True, cwd=root, check=False, env={**os.environ, "PYTHONPATH": places},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     resumed = json.loads(done.stdout.strip().splitlines()[-1])

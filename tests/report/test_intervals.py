@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from trimtab.report.intervals import IntervalError, bootstrap_mean, mean_interval, sign_test, wilson
+from trimtab.report.intervals import (
+    IntervalError,
+    bootstrap_mean,
+    detectable,
+    mean_interval,
+    paired_interval,
+    sign_test,
+    t_quantile,
+    wilson,
+)
 
 
 def test_wilson_is_the_set_of_proportions_a_score_test_keeps():
@@ -81,3 +90,40 @@ def test_sign_test_by_hand() -> None:
     assert sign_test(4, 4) == 1
     with pytest.raises(IntervalError, match="negative"):
         sign_test(-1, 0)
+
+
+# Quantiles of Student's t from printed tables.
+@pytest.mark.parametrize(
+    ("p", "df", "t"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 9, 2.26216), (0.8, 4, 0.940965),
+     (0.1, 5, -1.47588), (0.995, 30, 2.75000), (0.5, 3, 0.0)],
+)  # fmt: skip
+def test_t_quantiles_are_those_of_the_tables(p, df, t):
+    assert t_quantile(p, df) == pytest.approx(t, rel=1e-5)
+
+
+def test_paired_interval_covers_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    ends = [paired_interval(rng.normal(1.0, 2.0, 5))[1:] for _ in range(2000)]
+    assert 0.935 < np.mean([low <= 1.0 <= high for low, high in ends]) < 0.965
+
+
+def test_detectable_is_found_about_eight_times_in_ten():
+    rng = np.random.default_rng(1)
+    # For the true spread; the formula is an approximation that errs on the safe side for few seeds.
+    effect = np.mean([detectable(rng.normal(0.0, 1.0, 8)) for _ in range(400)])
+    found = np.mean([paired_interval(rng.normal(effect, 1.0, 8))[1] > 0 for _ in range(1000)])
+    assert 0.7 < found < 0.9
+
+
+def test_no_spread_no_interval():
+    for values in ([0.3], [0.1, 0.1, 0.1], [0.3, 0.1 + 0.2]):
+        mean, low, high = paired_interval(values)
+        assert mean == pytest.approx(values[0])
+        assert np.isnan(low)
+        assert np.isnan(high)
+        assert np.isnan(detectable(values))
+    with pytest.raises(IntervalError):
+        paired_interval([])
+    with pytest.raises(IntervalError, match="df=0"):
+        t_quantile(0.9, 0)

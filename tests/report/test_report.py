@@ -387,3 +387,23 @@ def test_the_headline_pairs_the_same_problems() -> None:
     many = {"turn": 0, "mean": 0.5, "low": 0.4, "high": 0.7, "n": 20, "right": [1] * 10 + [0] * 10}
     after = {**many, "turn": 5, "mean": 0.9, "high": 0.97, "low": 0.6, "right": [1] * 18 + [0] * 2}
     assert " rose from " in tell({}, [], [many, after]).headline, "overlapping intervals, but 8 gained and none lost"
+
+
+def test_several_answers_a_problem_are_compared_by_how_many_were_right():
+    def record(turn, right):
+        pass_at = {"4": {"mean": sum(r > 0 for r in right) / len(right), "low": 0.1, "high": 0.9}}
+        mean = sum(right) / 4 / len(right)
+        return {
+            "turn": turn,
+            "mean": mean,
+            "low": 0.0,
+            "high": 1.0,
+            "n": len(right),
+            "right": right,
+            "pass_at": pass_at,
+        }
+
+    told = tell({}, [], [record(0, [0, 1, 0, 2, 1, 0, 0]), record(5, [1, 2, 1, 4, 4, 1, 0])])
+    assert "6 were right more often and 0 less often (exact sign test, p = 0.031)" in told.remark
+    assert "pass@4 43% [10, 90] -> 86% [10, 90]." in told.remark
+    assert " rose from" in told.headline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,10 +120,36 @@ class Kit:
     def actor(self, name: str = "policy") -> Any:
         """The model that decides, inside the method's `act` wraps."""
         actor: Any = self.models[name]
+        shared = copy.copy(self)
+        shared.scope = ""  # the wraps are shared pieces: their state and streams are not those of a track that asks
         for p in self.method.pieces:
             if p.stage == "act":
-                actor = p(self, actor)
+                actor = p(shared, actor)
         return actor
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside leaves no trace in the run: no random number is used up, nothing is logged or counted.
+
+        Random streams (the global ones too) and the state of `act` wraps are afterwards as they were before. For what
+        only looks, such as an evaluation amid training. Models and the environment are not guarded.
+        """
+        tree = self._tree
+        streams = {name: stream.get_state() for name, stream in tree.streams.items()}
+        everywhere = tree.everywhere.state_dict()
+        acting = {f"/{key}" for p in self.method.pieces if p.stage == "act" for q in p.walk() for key in q.state}
+        held = {key: copy.deepcopy(tree.pieces[key]) for key in acting}
+        logs, decided = len(self._logs), len(self._decided)
+        try:
+            yield
+        finally:
+            for name in [n for n in tree.streams if n not in streams]:
+                del tree.streams[name]
+            for name, state in streams.items():
+                tree.streams[name].set_state(state)
+            tree.everywhere.load_state_dict(everywhere)
+            tree.pieces.update(held)
+            del self._logs[logs:], self._decided[decided:]
 
     @torch.no_grad()
     def evaluate(self, name: str, batch: Batch, want: frozenset[str] | set[str], unit: Tensor | None = None) -> Any:

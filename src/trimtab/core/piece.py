@@ -199,15 +199,19 @@ def in_order(pieces: tuple[Piece, ...]) -> list[Piece]:
 
 
 def bound(name: str, defaults: Mapping[str, Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option with its value, in order; MethodError for one that is unknown, given twice, or missing."""
-    given = dict(zip(defaults, args))
+    """Every option with its value, in order; MethodError for one that is unknown, given twice, or missing.
+
+    What a wrap surrounds is no option that is given by place: `clipped(0.5)` is `clipped(norm=0.5)`.
+    """
+    places = [n for n in defaults if n != "inner"]
+    given = dict(zip(places, args))
     twice = sorted(given.keys() & options.keys())
     if twice:
         raise MethodError(f"{name} got its option {twice[0]!r} twice")
     given |= options
     unknown = [n for n in given if n not in defaults]
-    if unknown or len(args) > len(defaults):
-        what = unknown[0] if unknown else str(args[len(defaults)])
+    if unknown or len(args) > len(places):
+        what = unknown[0] if unknown else str(args[len(places)])
         raise MethodError(f"{name} has no option {what!r}. {nearest(what, defaults)}")
     values = {n: given.get(n, default) for n, default in defaults.items()}
     missing = [n for n, v in values.items() if v is inspect.Parameter.empty and n != "inner"]

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+from trimtab.core.errors import MethodError
 from trimtab.core.piece import Schedule
 from trimtab.core.state import Clock
+
+
+def _checked(schedule: Any, *nested: str, whole: tuple[str, ...] = ()) -> None:
+    """Every field is a number; those in `nested` may be schedules, those in `whole` count updates."""
+    for name in (f.name for f in fields(schedule)):
+        value = getattr(schedule, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        if name in whole:
+            good, wanted = number and isinstance(value, int) and value >= 0, "a whole number of updates, 0 or more"
+        else:
+            good = number or (name in nested and isinstance(value, Schedule))
+            wanted = "a number or a schedule" if name in nested else "a number"
+        if not good:
+            raise MethodError(f"{type(schedule).__name__}: {name}={value!r} must be {wanted}")
+
+
+def _at(value: Schedule | float, clock: Clock) -> float:
+    return value(clock) if isinstance(value, Schedule) else value
 
 
 @dataclass(frozen=True)
@@ -15,6 +35,9 @@ class linear(Schedule):
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        _checked(self)
 
     def __call__(self, clock: Clock) -> float:
         return self.start + (self.end - self.start) * clock.progress
@@ -27,8 +50,30 @@ class cosine(Schedule):
     start: float
     end: float
 
+    def __post_init__(self) -> None:
+        _checked(self)
+
     def __call__(self, clock: Clock) -> float:
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * clock.progress))
+
+
+@dataclass(frozen=True)
+class warmup(Schedule):
+    """`then * min(1, update / updates)`: from 0 in equal steps to `then`, a number or another schedule.
+
+    updates: how many updates are smaller, 0 or more; the first of them has the value 0, as in common trainers. A
+    schedule in `then` goes by its own clock, so it has moved on a little by the end of the warm-up.
+    """
+
+    updates: int
+    then: Schedule | float
+
+    def __post_init__(self) -> None:
+        _checked(self, "then", whole=("updates",))
+
+    def __call__(self, clock: Clock) -> float:
+        share = clock.updates / self.updates if clock.updates < self.updates else 1.0
+        return share * _at(self.then, clock)
 
 
 @dataclass(frozen=True)
@@ -42,6 +87,9 @@ class warmup_cosine(Schedule):
     decay: int
     peak: float
     valley: float
+
+    def __post_init__(self) -> None:
+        _checked(self, whole=("warmup", "decay"))
 
     def __call__(self, clock: Clock) -> float:
         step = clock.updates
@@ -61,6 +109,9 @@ class power(Schedule):
     exponent: float
     ceiling: float = math.inf
 
+    def __post_init__(self) -> None:
+        _checked(self)
+
     def __call__(self, clock: Clock) -> float:
         return min(self.ceiling, self.start * (2 / (clock.turns + 2)) ** self.exponent)
 
@@ -71,15 +122,21 @@ class complement(Schedule):
 
     other: Schedule | float
 
+    def __post_init__(self) -> None:
+        _checked(self, "other")
+
     def __call__(self, clock: Clock) -> float:
-        return 1 - (self.other(clock) if isinstance(self.other, Schedule) else self.other)
+        return 1 - _at(self.other, clock)
 
 
 @dataclass(frozen=True)
 class inverse(Schedule):
     """`1 / other`."""
 
-    other: Schedule
+    other: Schedule | float
+
+    def __post_init__(self) -> None:
+        _checked(self, "other")
 
     def __call__(self, clock: Clock) -> float:
-        return 1 / self.other(clock)
+        return 1 / _at(self.other, clock)

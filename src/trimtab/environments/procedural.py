@@ -1,7 +1,8 @@
-"""Problems made by a procedure: every data set of reasoning-gym, and the tiny `toy:sum` that needs no package."""
+"""Problems made by a procedure: every data set of reasoning-gym, and tiny `toy:` ones that need no package."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from trimtab.core.errors import EnvironmentFailure, nearest
@@ -15,16 +16,24 @@ MAKE_SECONDS = 300.0
 LISTED_MOST = 100_000
 
 
+TOYS: dict[str, Callable[[int, int], int]] = {"sum": lambda a, b: a + b, "first": lambda a, b: a, "larger": max}
+
+
 def toy_pool(spec: Spec, template: PromptTemplate, holdout: float) -> ListedPool:
-    """`toy:sum(limit=5)`: "a+b=" for 0 <= a, b <= limit (1..99); characters 0-9 + = only. Needs no package."""
-    if spec.name != "sum":
-        raise EnvironmentFailure(f"There is no toy environment {spec.name!r}. {nearest(spec.name, ['sum'])}")
+    """`toy:NAME(limit=5)`: "a+b=" for 0 <= a, b <= limit (1..99); characters 0-9 + = only. Needs no package.
+
+    NAME says which answer is right: "sum", the "first" number, or the "larger" one. The last two look like sums and are
+    something else: a policy that adds must find out and change its habit, which is learned in a minute and holds for
+    numbers it was not trained on.
+    """
+    if spec.name not in TOYS:
+        raise EnvironmentFailure(f"There is no toy environment {spec.name!r}. {nearest(spec.name, TOYS)}")
     check_options(spec, {"limit": int})
     limit = spec.options.get("limit", 5)
     if not 1 <= limit <= 99:
-        raise EnvironmentFailure(f"toy:sum(limit={limit}): limit must be between 1 and 99.")
+        raise EnvironmentFailure(f"toy:{spec.name}(limit={limit}): limit must be between 1 and 99.")
     problems = [
-        make_problem(f"{a}+{b}=", str(a + b), {"a": a, "b": b}, template, f"toy:sum {a}+{b}")
+        make_problem(f"{a}+{b}=", str(TOYS[spec.name](a, b)), {"a": a, "b": b}, template, f"toy:{spec.name} {a}+{b}")
         for a in range(limit + 1)
         for b in range(limit + 1)
     ]

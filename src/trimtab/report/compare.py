@@ -56,14 +56,19 @@ def overlay(
     y_label: str = "mean reward",
     share: bool | None = None,
     smoothed: bool = False,
+    seeds: bool = True,
+    labels: bool = True,
+    whole: bool = True,
     fmt: Format = "svg",
     theme: Theme = "light",
     size: tuple[float, float] = LARGE,
+    name: str = "overlay",
 ) -> bytes:
     """Arms (at most 6, each a list of `curve`s, one a seed) as mean lines over thin lines, named at their right end.
 
     The mean is taken by linear interpolation where *all* seeds of the arm have values, so it ends with the shortest.
     share: show percent; by default where every value is in [0, 1]. smoothed: smooth the mean (not the seeds).
+    seeds, labels: draw the thin lines, and the names. whole: show 0 to 100% in full. name: see `style.render`.
     Raises `CompareError` for no arms, more than 6, or an arm without curves.
     """
     empty = [name for name, curves in arms.items() if not curves]
@@ -76,25 +81,30 @@ def overlay(
         figure = Figure(figsize=size, layout="constrained")
         ax = figure.subplots()
         ends: list[tuple[float, str, str]] = []
-        for (name, curves), key in zip(arms.items(), CYCLE):
+        means: list[np.ndarray] = []
+        for (arm, curves), key in zip(arms.items(), CYCLE):
             colour = colours[key]
-            if len(curves) > 1:
+            if len(curves) > 1 and seeds:
                 for x, y in curves:
                     ax.plot(x, y, color=colour, lw=0.8, alpha=0.38)
             x, y = mean_curve(curves)
-            ax.plot(x, smooth(y) if smoothed else y, color=colour, lw=2.3)
-            ends.append((float(y[-1]), name, colour))
+            means.append(smooth(y) if smoothed else y)
+            ax.plot(x, means[-1], color=colour, lw=2.3)
+            ends.append((float(y[-1]), arm, colour))
         if percent:
-            ax.set_ylim(-0.015, 1.015)
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}%"))
+            top = 1.0 if whole else min(1.0, max(0.01, 1.15 * max(y.max() for y in means)))
+            ax.set_ylim(-0.015 * top, 1.015 * top)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.{0 if top > 0.04 else 1}f}%"))
         ax.margins(x=0.01)
-        for (_, name, colour), place in zip(ends, _spread([e[0] for e in ends], ax.get_ylim(), size[1])):
+        for (_, arm, colour), place in zip(
+            ends if labels else [], _spread([e[0] for e in ends], ax.get_ylim(), size[1])
+        ):
             ax.annotate(
-                name, (1.015, place), xycoords=("axes fraction", "data"), color=colour, fontweight="bold", va="center",
+                arm, (1.015, place), xycoords=("axes fraction", "data"), color=colour, fontweight="bold", va="center",
                 fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
         tidy(ax, x_label, y_label, title)
-        return render(figure, fmt, theme, "overlay")
+        return render(figure, fmt, theme, name)
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

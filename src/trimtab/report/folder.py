@@ -103,6 +103,8 @@ class RunFolder:
         with writing(self.path):
             self._lock.acquire()
         try:
+            with writing(self.checkpoints):
+                self.checkpoints.mkdir(exist_ok=True)
             self._start(turn)
         except BaseException:
             self.close()

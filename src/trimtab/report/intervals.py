@@ -104,6 +104,80 @@ def mean_interval(
     return bootstrap_mean(x, level, seed)
 
 
+def paired_interval(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """The mean of paired differences and its Student interval: `(mean, low, high)`, in their units.
+
+        mean -+ t(n - 1, (1 + level) / 2) s / sqrt(n),  s^2 = sum (d_i - mean)^2 / (n - 1)
+
+    For the handful of seeds of a comparison: there the percentile bootstrap is too narrow (of 5 normal values it covers
+    the mean 84 times in 100, not 95). One difference, or several that are all equal, say nothing about their spread:
+    low and high are nan. Also right for plain values, one a seed.
+
+    differences: [n] finite, n >= 1; level: coverage in (0, 1). Raises `IntervalError` outside these.
+    Source: Student, The probable error of a mean, Biometrika 6 (1908).
+    """
+    _check_level(level)
+    mean, error, n = _standard_error(differences)
+    half = t_quantile((1 + level) / 2, n - 1) * error if n > 1 and error > 0 else math.nan
+    return mean, mean - half, mean + half
+
+
+def detectable(differences: Sequence[float] | np.ndarray, level: float = 0.95, power: float = 0.8) -> float:
+    """The true difference that as many pairs with this spread would show with probability `power`, about.
+
+        (t(n - 1, (1 + level) / 2) + t(n - 1, power)) s / sqrt(n)
+
+    A smaller one would often go unnoticed. nan where the spread is unknown (see `paired_interval`).
+
+    differences: [n] finite, n >= 1; level, power: in (0, 1). Raises `IntervalError` outside these.
+    Source: G. Snedecor and W. Cochran, Statistical Methods (1989), the section on sample size.
+    """
+    _check_level(level)
+    _check_level(power)
+    _, error, n = _standard_error(differences)
+    if n < 2 or error == 0:
+        return math.nan
+    return (t_quantile((1 + level) / 2, n - 1) + t_quantile(power, n - 1)) * error
+
+
+def t_quantile(p: float, df: int) -> float:
+    """The quantile of Student's t with `df` degrees of freedom: where its distribution function is `p`.
+
+    With theta = atan(t / sqrt(df)) and A(t) = P(-t < T < t), for odd and even df:
+
+        A = (2 / pi) (theta + sin theta (cos theta + 2/3 cos^3 theta + ... up to the power df - 2))
+        A = sin theta (1 + 1/2 cos^2 theta + 1 3 / (2 4) cos^4 theta + ... up to the power df - 2)
+
+    p: in (0, 1); df: a whole number >= 1. Raises `IntervalError` outside these.
+    Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
+    """
+    _check_level(p)
+    if df < 1 or df != int(df):
+        raise IntervalError(f"t_quantile got df={df}; degrees of freedom are a whole number from 1 on")
+    low, high = 0.0, math.pi / 2  # bisect on theta, which is bounded where t is not
+    for _ in range(80):
+        theta = (low + high) / 2
+        low, high = (theta, high) if _t_inside(theta, df) < abs(2 * p - 1) else (low, theta)
+    return math.copysign(math.sqrt(df) * math.tan((low + high) / 2), p - 0.5) if p != 0.5 else 0.0
+
+
+def _t_inside(theta: float, df: int) -> float:
+    """P(-t < T < t) at t = sqrt(df) tan(theta)."""
+    cosine, odd = math.cos(theta), df % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for power in range(odd, df - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * cosine * cosine
+    return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+
+
+def _standard_error(values: Sequence[float] | np.ndarray) -> tuple[float, float, int]:
+    x = _finite(values)
+    if len(x) == 1 or np.ptp(x) <= 1e-12 * np.abs(x).max():  # equal up to rounding
+        return float(x.mean()), 0.0, len(x)
+    return float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x)), len(x)
+
+
 def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64).ravel()
     if len(x) == 0:

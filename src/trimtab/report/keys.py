@@ -111,6 +111,14 @@ PANELS: tuple[Panel, ...] = (
         ((r"age(_mean)?", "mean"), (r"age_max", "oldest")),
         hint="How many updates happened between sampling a row and learning from it.",
     ),
+    Panel(
+        "Held-out problems, while training",
+        "mean and its interval",
+        ((r"held_out", "mean"), (r"held_out_low", "low end"), (r"held_out_high", "high end")),
+        hint="Measured by a held_out probe, in the turns in which it ran.",
+    ),
+    Panel("Held-out pass@k", "share of problems", ((r"held_out_pass_\d+", ""),), share=True),
+    Panel("Gradients too long", "% of gradients", ((r"grad_clipped", ""),), share=True),
     Panel("Learning rate", "step size", ((r"lr|learning_rate", ""),)),
     Panel("Speed", "decisions per second", ((r"(tokens|decisions)_(per|a)_second|tokens_s|throughput", ""),)),
 )
@@ -125,6 +133,7 @@ _KNOWN: Mapping[str, str] = {
     "clip": _SERIES["Clip rate"][2],
     "grad_norm": _SERIES["Gradient norm"][0],
     "dead": _SERIES["Dead groups"][0],
+    "length": _SERIES["Response length"][0],
     "gap": _SERIES[GAP][0],
     "failures": _SERIES["Failures"][0],
     "age": _SERIES["Age"][0],

@@ -132,8 +132,9 @@ def _panel(
     for (key, label), colour in zip(keys, CYCLE):
         xs, ys = _thin(x, columns[key])
         many = len(xs) >= 40
+        alone = not (np.isfinite(ys[1:]) & np.isfinite(ys[:-1])).any()  # measured now and then: no line joins them
         ax.plot(
-            xs, ys, marker="" if np.isfinite(ys).sum() > 1 else "o", ms=3.5, color=colours[colour],
+            xs, ys, marker="o" if alone else "", ms=3.5, color=colours[colour],
             lw=0.8 if many else 1.5, alpha=0.35 if many else 1, label=None if many else label,
         )  # fmt: skip
         if many:  # on the scale it is drawn on, so that one peak does not lift its neighbours

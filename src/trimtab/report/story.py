@@ -23,7 +23,7 @@ class Point:
     high: float | None
     n: int | None
     turn: float | None
-    right: tuple[int, ...] = ()  # which problems were answered right, where that was recorded
+    right: tuple[int, ...] = ()  # how many answers to each problem were right, where that was recorded
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def tell(config: Record, history: Sequence[Record], evaluations: Sequence[Record
         where = f"{measure} on {_problems(after.n)}"
         spent = _spent([r for r in evaluations if is_number(r.get("mean"))][-1:])
         text = f"{where} {verb} from {_say(before, share)} to {_say(after, share)} {spent}."
-        return Story(_capital(text), " ".join(filter(None, [doubt, remark])), before, after, share, measure)
+        said = [doubt, _passes(evaluations), remark]
+        return Story(_capital(text), " ".join(filter(None, said)), before, after, share, measure)
     if points:
         text = f"{measure} on {_problems(points[0].n)} was {_say(points[0], share)} before training."
         more = "It has not been evaluated since." if history else "No turn has been recorded yet."
@@ -106,7 +107,7 @@ def _point(record: Record) -> Point | None:
         return None
     low, high, n, turn = (record.get(k) if is_number(record.get(k)) else None for k in ("low", "high", "n", "turn"))
     right = record.get("right")
-    known = tuple(right) if isinstance(right, list) and all(r in (0, 1) for r in right) else ()
+    known = tuple(right) if isinstance(right, list) and all(isinstance(r, int) and r >= 0 for r in right) else ()
     return Point(float(record["mean"]), low, high, None if n is None else int(n), turn, known)
 
 
@@ -138,10 +139,24 @@ def _paired(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, str]:
     gained = sum(a > b for b, a in zip(before, after))
     lost = sum(a < b for b, a in zip(before, after))
     p = sign_test(gained, lost)
-    said = f"Of the same problems {gained} turned right and {lost} turned wrong (exact sign test, p = {p:.2g})."
+    once = max(*before, *after) <= 1
+    up, down = ("turned right", "turned wrong") if once else ("were right more often", "less often")
+    said = f"Of the same problems {gained} {up} and {lost} {down} (exact sign test, p = {p:.2g})."
     if p < 0.05:
         return ("rose" if gained > lost else "fell"), said
     return "went", f"{said} These problems are too few to tell a change from chance."
+
+
+def _passes(evaluations: Sequence[Record]) -> str:
+    """pass@k before and after, for every k of both."""
+    found = [r["pass_at"] for r in evaluations if isinstance(r.get("pass_at"), Mapping)]
+    first, last = (found[0], found[-1]) if len(found) > 1 else ({}, {})
+    said = [f"pass@{k} {_passed(first[k])} -> {_passed(last[k])}" for k in last if k in first]
+    return f"Chance that one of k answers is right: {', '.join(said)}." if said else ""
+
+
+def _passed(one: Mapping[str, Any]) -> str:
+    return f"{percent(one['mean'])} {interval(one.get('low'), one.get('high'), True)}".rstrip()
 
 
 def _say(point: Point, share: bool) -> str:

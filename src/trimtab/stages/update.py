@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.core.closure import Closure, Gradient
+from trimtab.core.closure import Closure, Gradient, Params
+from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
 from trimtab.core.piece import Schedule, piece
 
@@ -22,7 +25,7 @@ def make_adamw(kit: Kit, options: Mapping[str, Any]) -> torch.optim.AdamW:
     )
 
 
-def _positive(options: Mapping[str, Any]) -> str | None:
+def _sane_step(options: Mapping[str, Any]) -> str | None:
     for name in ("lr", "eps", "weight_decay"):
         value = options.get(name, 0.0)
         if not isinstance(value, Schedule) and not 0 <= value < float("inf"):
@@ -36,7 +39,7 @@ def _positive(options: Mapping[str, Any]) -> str | None:
     return None
 
 
-@piece("update", state={"optimizer": make_adamw}, one_gradient=True, validate=_positive)
+@piece("update", state={"optimizer": make_adamw}, one_gradient=True, validate=_sane_step)
 def adamw(
     kit: Kit,
     closure: Closure,
@@ -66,7 +69,7 @@ def adamw(
     return {**report(made), "lr": lr}, False
 
 
-@piece("update", one_gradient=True, validate=_positive)
+@piece("update", one_gradient=True, validate=_sane_step)
 def sgd(kit: Kit, closure: Closure, *, lr: float = 1e-2) -> tuple[dict[str, float | Tensor], bool]:
     """`theta <- theta - lr grad`, with nothing remembered."""
     made = closure()
@@ -79,3 +82,88 @@ def sgd(kit: Kit, closure: Closure, *, lr: float = 1e-2) -> tuple[dict[str, floa
 def report(made: Gradient) -> dict[str, float | Tensor]:
     """What every update logs: the loss, the gradient's norm, and each term by name."""
     return {"loss": made.loss, "grad_norm": made.norm, **made.terms}
+
+
+# -- wraps ---------------------------------------------------------------------------------------------------------
+
+Logs = dict[str, float | Tensor]
+
+
+class ClippedClosure:
+    """A closure whose gradients are no longer than `norm`; everything else of it is as it was.
+
+    seen: the norm of every gradient asked for, before clipping, in order.
+    """
+
+    def __init__(self, closure: Closure, norm: float) -> None:
+        self._closure, self._norm = closure, norm
+        self.seen: list[Tensor] = []
+
+    def __call__(
+        self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
+    ) -> Gradient:
+        made = self._closure(params, where, create_graph)
+        self.seen.append(made.norm.detach())
+        scale = (self._norm / (made.norm + 1e-6)).clamp(max=1.0)
+        return replace(made, grads={name: grad * scale for name, grad in made.grads.items()})
+
+    def __getattr__(self, name: str) -> Any:  # params, terms, micro, batch, kit, ...
+        return getattr(self._closure, name)
+
+
+def _positive(options: Mapping[str, Any]) -> str | None:
+    norm = options["norm"]
+    if isinstance(norm, Schedule) or (isinstance(norm, (int, float)) and 0 < norm < math.inf):
+        return None
+    return f"norm={norm!r} must be a positive number: the length that no gradient may exceed"
+
+
+@piece("update", validate=_positive, one_gradient=True)
+def clipped(
+    kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], norm: float = 1.0
+) -> tuple[Logs, bool]:
+    """A wrap: `g <- g min(1, norm / (|g| + 1e-6))` for every gradient that the update inside asks for.
+
+    `|g|` is the l2 norm over all parameters of the track (Pascanu et al. 2013, algorithm 1; the 1e-6 is torch's). Terms
+    that the update differentiates itself (`closure.terms`, `closure.micro`) are not gradients and stay as they are.
+    Logs `grad_norm`, the mean norm before clipping, and `grad_clipped`, the share of gradients that were too long.
+    norm: > 0, a number or a schedule.
+    """
+    if not 0 < norm < math.inf:  # a schedule's value is known only now
+        raise MethodError(f"clipped: norm={norm} at update {kit.clock.updates}; it must stay a positive number")
+    short = ClippedClosure(closure, norm)
+    logs, stop = inner(short)
+    if short.seen:
+        before = torch.stack(short.seen)
+        logs = {**logs, "grad_norm": before.mean(), "grad_clipped": (before > norm).double().mean()}
+    return logs, stop
+
+
+def _not_negative(options: Mapping[str, Any]) -> str | None:
+    by = options["by"]
+    if isinstance(by, Schedule) or (isinstance(by, (int, float)) and 0 <= by < math.inf):
+        return None
+    return f"by={by!r} must be a number of at least 0: a negative one would undo the step and climb"
+
+
+@piece("update", validate=_not_negative, one_gradient=True)
+def scheduled(
+    kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], by: float = 1.0
+) -> tuple[Logs, bool]:
+    """A wrap: `theta <- theta_old + by (theta_new - theta_old)`, the step of the update inside, times `by`.
+
+    For SGD and AdamW this is the learning rate times `by`: their steps are proportional to it (AdamW's decay of the
+    weights included), and what they remember of the gradients does not depend on it. For an update without a learning
+    rate, such as a line search, it is the share of the step that is taken. `by` = 1 leaves the step bitwise alone.
+    Logs `step_scale`. Holds one more copy of the track's parameters while it runs.
+    by: >= 0, a number or a schedule; 0 holds the parameters still while the optimiser goes on remembering.
+    """
+    if not 0 <= by < math.inf:  # a schedule's value is known only now
+        raise MethodError(f"scheduled: by={by} at update {kit.clock.updates}; it must stay a number of at least 0")
+    old = {} if by == 1 else {name: p.detach().clone() for name, p in closure.params.items()}
+    logs, stop = inner(closure)
+    with torch.no_grad():
+        for name, start in old.items():
+            parameter = closure.params[name]
+            parameter.copy_(start + by * (parameter - start))
+    return {**logs, "step_scale": by}, stop
