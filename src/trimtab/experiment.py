@@ -311,7 +311,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
 
 def _record_turn(made: Experiment, folder: RunFolder, view: Watchers, tally: Tally, step: Step) -> None:
     clock = {"seconds": round(tally.seconds, 3), **step.state.clock.counts()}
-    logs = {**step.logs, **of_batch(step.batch)}
+    logs = {**of_batch(step.batch, step.logs), **step.logs}
     folder.write_metrics({"turn": step.turn, **{k: v for k, v in clock.items() if k != "turns"}, **logs})
     if step.turn == 1 or step.turn % made.request.eval_every == 0:
         folder.write_samples(group_sample(made, step))
@@ -331,17 +331,18 @@ def _record_evaluation(
     view.evaluated(result.mean, result.low, result.high, result.n)
 
 
-def of_batch(batch: Batch) -> dict[str, float]:
-    """Numbers read off a turn's batch: the reward's interval, and the sampled tokens' mean surprise.
+def of_batch(batch: Batch, logs: Mapping[str, float]) -> dict[str, float]:
+    """Numbers read off a turn's batch: the reward with its interval, and the mean age.
 
-    The mean of -log pi over sampled tokens estimates the entropy without bias, at no cost (temperature 1, no top-k/p).
+    A collect that dropped rows (dynamic sampling) has logged the reward of all it made; what is left has another mean,
+    and no interval is given then.
     """
     made: dict[str, float] = {}
     if "reward" in batch:
         mean, low, high = mean_interval(batch.score().tolist())
-        made |= {"reward": mean, "reward_low": low, "reward_high": high}
-    if "logp_behavior" in batch:
-        made["entropy"] = float(-(batch.logp_behavior * batch.mask).sum() / batch.mask.sum().clamp_min(1))
+        made["reward"] = mean
+        if abs(mean - logs.get("reward", mean)) < 1e-4:
+            made |= {"reward_low": low, "reward_high": high}
     if "age" in batch:
         made["age"] = float(batch.age.double().mean())
     return made

@@ -163,7 +163,8 @@ def load_environment(
 ) -> TextEnvironment:
     """Build a text environment from one line of text.
 
-    spec: 'reasoning-gym:NAME(key=value, ...)' | 'FILE.jsonl' | 'datasets:NAME(split=train, ...)' | 'toy:sum(limit=5)', 'toy:first(...)', 'toy:larger(...)'.
+    spec: 'reasoning-gym:NAME(key=value, ...)' | 'FILE.jsonl' | 'datasets:NAME(split=train, ...)' | 'toy:sum(limit=5)'
+    (also first, larger).
     seed: order of training problems; the held-out set does not depend on it.
     reward: 'exact' | 'math-verify' | 'module:function' with f(problem, text) -> float, in its own process; None is the
     data set's own scorer (reasoning-gym) or 'exact'. prompt: template such as "{question}" (default).
