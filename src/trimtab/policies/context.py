@@ -14,18 +14,20 @@ TRIES = 20
 def too_long(policy: Any, problem: Any, answer: int) -> str | None:
     """What to say about a problem whose prompt leaves no room for `answer` tokens; None where it fits.
 
-    The limit is `policy.context`, None for a policy without one.
+    The limit is `policy.context`. A policy that says nothing of one, such as a wrap, is not checked here; the sampler
+    inside it still refuses.
     """
-    limit = policy.context
+    limit = getattr(policy, "context", None)
     if limit is None:
         return None
     length = len(policy.encode(problem.prompt))
     if length + answer <= limit:
         return None
+    name = getattr(policy, "name", "the policy")
     start = " ".join(problem.question.split())[:60]
     return (
         f"the prompt of {problem.where or 'a problem'} ({start!r}) has {length} tokens; with {answer} for the answer "
-        f"that is more than the {limit} that {policy.name} reads. Shorten or remove it, lower collect.new_tokens, or "
+        f"that is more than the {limit} that {name} reads. Shorten or remove it, lower collect.new_tokens, or "
         f"choose a policy with a longer context."
     )
 
