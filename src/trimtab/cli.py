@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -422,6 +423,16 @@ def _table(title: str, heads: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
+_usual = warnings.formatwarning
+
+
+def _formatted(message: Warning | str, kind: type[Warning], *more: Any) -> str:
+    """A warning of ours as one sentence, without the place in our code that gave it."""
+    from trimtab.core.errors import TrimtabWarning
+
+    return f"trimtab: {message}\n" if issubclass(kind, TrimtabWarning) else _usual(message, kind, *more)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: parse, run, and turn every deliberate refusal into one sentence and exit code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -434,6 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     from trimtab.core.errors import TrimtabError
 
+    warnings.formatwarning = _formatted  # type: ignore[assignment]
     try:
         return int(command())
     except TrimtabError as error:

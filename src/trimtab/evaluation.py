@@ -95,8 +95,11 @@ class Evaluator:
         of n_j answers right; its interval, in the same way, is over problems too.
 
         A score that failed is left out and counted. Raises EnvironmentFailure when all of them failed, or when pass@k
-        is asked of scores outside [0, 1]; EvaluationError when there is no environment.
+        is asked of scores outside [0, 1], and before anything is sampled when a prompt leaves no room for an answer:
+        held-out problems are fixed, so none is passed over; EvaluationError when there is no environment.
         """
+        from trimtab.policies.context import too_long
+
         world = self.environment if self.environment is not None else environment
         if world is None:
             raise EvaluationError(
@@ -104,6 +107,9 @@ class Evaluator:
             )
         with unmoved(world):
             asked = world.held_out(self.problems)
+            for fault in (too_long(policy, p, self.new_tokens) for p in asked):
+                if fault is not None:
+                    raise EnvironmentFailure(f"a held-out problem is too long: {fault}")
             texts, scores = self._answers(policy, world, asked, self.samples, self.temperature)
             drawn = scores if self.temperature > 0 else self._answers(policy, world, asked, 1, 1.0)[1]
         return self._summed(asked, texts, scores, drawn)

@@ -14,7 +14,7 @@ import torch
 from trimtab import __version__
 from trimtab.commands import command, one_budget
 from trimtab.core.batch import Batch
-from trimtab.core.errors import MethodError, TrimtabError
+from trimtab.core.errors import CheckpointError, DiskError, MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
 from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
@@ -22,6 +22,7 @@ from trimtab.core.state import State, checkpoints, load, save
 from trimtab.disk import disk_notes
 from trimtab.evaluation import Evaluation, Evaluator, answer_length, whole_numbers
 from trimtab.interrupt import interruptible
+from trimtab.limits import check_numbers, check_written
 from trimtab.literals import literal
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
@@ -30,6 +31,7 @@ from trimtab.report.live import LiveView
 from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
 from trimtab.report.watchers import Watchers
 from trimtab.report.words import about_loss
+from trimtab.salvage import export, saved_if_not_finite, standing
 
 SMALL = ("nano", "tiny")
 
@@ -76,12 +78,7 @@ class Request:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                why = " (0 would leave no checkpoint)" if name == "keep" else ""
-                raise TrimtabError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1{why}")
-        if self.decisions is not None and self.decisions < 1:
-            raise MethodError(f"decisions={self.decisions} is no budget; give how many decisions to make, from 1 on")
+        check_numbers(self)
         self.evaluator()
 
     @property
@@ -216,14 +213,19 @@ def resume(
     one_budget(steps, decisions)
     folder = RunFolder(path)
     request = request_of(folder)
+    if steps is not None or decisions is not None:
+        request = replace(request, steps=request.steps if steps is None else steps, decisions=decisions)
     if request.tensorboard:
         needs_tensorboard()
-    if steps is not None or decisions is not None:
-        request = replace(request, steps=steps or request.steps, decisions=decisions)
     made = build(request)
     state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
     differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
+    if state.seed != request.seed:
+        raise CheckpointError(
+            f"{folder.path}/config.json asks for seed={request.seed}, and the checkpoint is of seed={state.seed}; "
+            f"put {state.seed} back, or start a new run"
+        )
     folder.resume(state.clock.turns)
     seen, past = folder.evaluations(), folder.metrics()
     tally = Tally(seconds=past[-1]["seconds"] if past else 0.0)
@@ -235,11 +237,8 @@ def resume(
 
 def request_of(folder: RunFolder) -> Request:
     """The request that a run folder was made from."""
-    given = folder.config().get("request", {})
-    try:
-        return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
-    except TypeError as e:
-        raise TrimtabError(f"{folder.path}/config.json was written by another version of trimtab: {e}") from None
+    given = check_written(Request, folder.config().get("request"), folder.path / "config.json")
+    return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
 
 
 def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mode: str, **more: Any) -> dict[str, Any]:
@@ -247,10 +246,11 @@ def _guarded(made: Experiment, state: State, folder: RunFolder, tally: Tally, mo
     try:
         return _go(made, state, folder, tally, mode, **more)
     except TrimtabError as error:
-        saved = checkpoints(folder.checkpoints)
-        where = f"its newest checkpoint is {saved[-1].name}" if saved else "it has no checkpoint yet"
-        error.add_note(f"The run is in {folder.path} and {where}; go on with: trimtab resume {folder.path}")
-        _report(folder)
+        error.add_note(standing(folder))
+        try:
+            _report(folder)
+        except DiskError as another:  # what stopped the run may stop the report: say both
+            error.add_note(str(another))
         raise
     finally:
         made.close()
@@ -273,7 +273,7 @@ def _go(
         models = {"policy": made.policy}
         loop = run(made.method, made.environment, models, until=request.budget, state=state, memory=request.memory)
         started = time.perf_counter()
-        for step in loop:
+        for step in saved_if_not_finite(loop, state, folder, request.keep):
             tally.seconds += time.perf_counter() - started
             _record_turn(made, folder, view, tally, step)
             last = state.clock.reached(request.budget)
@@ -287,7 +287,7 @@ def _go(
                 break
             started = time.perf_counter()
         if not tally.stopped:
-            made.policy.save(folder.model)
+            export(made.policy, folder)
     return _finish(folder, tally, state)
 
 

@@ -508,7 +508,8 @@ def test_the_fingerprint_changes_with_every_option_and_not_otherwise() -> None:
             continue
         if hasattr(base.get(path), "options") or (value is None and path != "update.clip"):
             continue
-        other = {str: "other", bool: not value, tuple: (9.0, 9.5, 9.7)}.get(type(value), 0.123)
+        whole = type(value) is int
+        other = value + 7 if whole else {str: "other", bool: not value, tuple: (0.1, 0.2)}.get(type(value), 0.123)
         known = {
             "surrogate.bound.metric": "ratio", "surrogate.bound.order": "low_first",
             "surrogate.bound.weighting": "none", "surrogate.bound.low": (0.5, 0.6, 0.1),

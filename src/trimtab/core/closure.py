@@ -265,7 +265,7 @@ class Closure:
         raise NonFiniteError(
             f"{what} in track {self.track.name!r} is not finite at update {self.kit.clock.updates}; no parameter was "
             f"changed. A nan or infinite reward, advantage or log-probability in its columns gives this, and so does "
-            f"a learning rate that is too large."
+            f"a learning rate that is too large: look at the columns of step.batch, or lower the rate."
         )
 
 

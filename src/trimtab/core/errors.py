@@ -30,6 +30,14 @@ class EnvironmentFailure(TrimtabError):
     """Rewards failed more often than the environment allows, or a data source is unusable."""
 
 
+class DiskError(TrimtabError, OSError):
+    """A file cannot be written: the disk is full, the place does not exist, or this user may not."""
+
+
+class TrimtabWarning(UserWarning):
+    """Something was left out and the run goes on; the text names it."""
+
+
 class PurityError(TrimtabError):
     """Debug mode: a stage that must not change parameters or undeclared state did."""
 

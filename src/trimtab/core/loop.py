@@ -85,6 +85,8 @@ def run(
     for name in budget:
         if name not in COUNTERS:
             raise MethodError(f"until={name!r} is not counted. {nearest(name, COUNTERS)}")
+    if memory is not None and (not isinstance(memory, int) or memory < 1):
+        raise MethodError(f"memory={memory!r} must be a whole number of rows, at least 1, or None for all at once")
     named = {"policy": models} if isinstance(models, nn.Module) else models
     state = state if state is not None else begin(method, environment, named, seed=seed)
     if state.fingerprint != method.fingerprint():

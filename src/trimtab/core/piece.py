@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from typing import Any
 
@@ -23,10 +23,22 @@ RESERVED: dict[str, dict[str, Any]] = {
     "credit": {"rows": "policy"},
     "select": {"rows": "policy"},
 }
+# What an option may be, by its annotation; an annotation that names anything else is not checked.
+KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
+_WORDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}
 
 
 class Schedule:
-    """A number that depends on the clock. Any numeric option may be one; it is resolved each time the piece runs."""
+    """A number that depends on the clock. Any real option may be one; it is resolved each time the piece runs.
+
+    Subclasses are dataclasses. Raises MethodError for a field declared a number that is none.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            kinds, value = _names(f.type), getattr(self, f.name)
+            if kinds and not _is_of(value, kinds):
+                raise MethodError(f"{type(self).__name__}: {f.name}={value!r} must be {_WORDS[kinds[0]]}")
 
     def __call__(self, clock: Any) -> float:
         raise MethodError(f"{type(self).__name__} defines no value for a clock")
@@ -55,6 +67,7 @@ class Piece:
     idle: Callable[[Any], Any] | None = None
     one_gradient: bool = False
     takes_kit: bool = True
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     # -- structure ----------------------------------------------------------------------------------------------
     @property
@@ -133,7 +146,12 @@ class Piece:
         raise MethodError(f"{self.name} has no option {name!r}. {nearest(name, self.options)}")
 
     def checked(self) -> Piece:
-        """This piece, or MethodError when its options contradict each other."""
+        """This piece, or MethodError when an option is of the wrong kind or options contradict each other."""
+        for name, kinds in self.kinds.items():
+            value = self.options[name]
+            if not _is_of(value, kinds):
+                words = " or ".join([_WORDS.get(k, k) for k in kinds] + ["a schedule"] * ("float" in kinds))
+                raise MethodError(f"{self.name}: {name}={value!r} must be {words}")
         problem = self.validate(self.options) if self.validate else None
         if problem:
             raise MethodError(f"{self.name}: {problem}")
@@ -159,6 +177,20 @@ class Piece:
                 value = value(kit.clock)
             options[name] = value
         return self.fn(kit, *args, **options) if self.takes_kit else self.fn(*args, **options)
+
+
+def _is_of(value: Any, kinds: tuple[str, ...]) -> bool:
+    if isinstance(value, (Piece, Schedule)):
+        return isinstance(value, Piece) or "float" in kinds
+    if isinstance(value, bool) or value is None:
+        return ("None" if value is None else "bool") in kinds
+    return isinstance(value, tuple(t for k in kinds for t in KINDS.get(k, ())))
+
+
+def _names(text: Any) -> tuple[str, ...]:
+    """The kinds that an annotation allows; () where it names more than plain values."""
+    names = tuple(n.strip() for n in (text if isinstance(text, str) else "").split("|"))
+    return names if all(n in KINDS or n == "None" for n in names) else ()
 
 
 def in_order(pieces: tuple[Piece, ...]) -> list[Piece]:
@@ -238,6 +270,7 @@ def piece(
             idle=idle,
             one_gradient=one_gradient,
             takes_kit=next(iter(parameters), None) == "kit",
+            kinds={n: kinds for n in own if (kinds := _names(parameters[n].annotation))},
         )
 
         @wraps(fn)

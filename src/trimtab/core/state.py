@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
 from trimtab.core.copies import Kept
-from trimtab.core.errors import CheckpointError
+from trimtab.core.disk import writing
+from trimtab.core.errors import CheckpointError, DiskError
 
 FORMAT = 1
 COUNTERS = ("turns", "updates", "decisions", "rows")
@@ -243,21 +244,43 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
     """Write a checkpoint below `folder` and remove all but the newest `keep`. Returns its path.
 
     Atomic: what follows the last complete checkpoint is all that a kill at any moment can lose.
+    Raises DiskError, with the space needed and free, when the disk does not take it; nothing half-written stays.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep} would leave no checkpoint; it must be at least 1")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".writing-*"):
-        if leftover not in checkpoints(folder):
-            shutil.rmtree(leftover)
     final = folder / f"turn-{state.clock.turns:08d}"
     work = folder / f".writing-{final.name}"
-    work.mkdir()
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state.tree(), tensors, "")
+    tree = json.dumps(_encode(state.tree(), tensors, ""))
+    needed = sum(t.nbytes for t in tensors.values()) + len(tree)
+    with writing(final, needed):
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".writing-*"):
+            if leftover not in checkpoints(folder):
+                shutil.rmtree(leftover)
+    try:
+        with writing(final, needed):
+            _write(work, state, tensors, tree)
+            replaced = folder / f"{_REPLACED}{final.name}"
+            if final.exists():  # the same turn saved twice: `checkpoints` sees the old one until the new one is there
+                final.rename(replaced)
+            work.rename(final)
+            _sync(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            for old in [c for c in checkpoints(folder) if c != final][: -keep + 1 or None]:
+                shutil.rmtree(old.rename(folder / f".writing-gone-{old.name}"))
+    except DiskError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(work: Path, state: State, tensors: dict[str, Tensor], tree: str) -> None:
+    """The files of a checkpoint in a new folder, on disk when this returns."""
+    work.mkdir()
     save_file(tensors, work / "tensors.safetensors")
-    (work / "state.json").write_text(json.dumps(tree))
+    (work / "state.json").write_text(tree)
     digests = {name: _digest(work / name) for name in ("tensors.safetensors", "state.json")}
     manifest = {
         "format": FORMAT,
@@ -271,18 +294,10 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
     for file in work.iterdir():
         _sync(file)
     _sync(work)
-    replaced = folder / f"{_REPLACED}{final.name}"
-    if final.exists():  # the same turn saved twice: `checkpoints` sees the old one until the new one is there
-        final.rename(replaced)
-    work.rename(final)
-    _sync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in [c for c in checkpoints(folder) if c != final][: -keep + 1 or None]:
-        shutil.rmtree(old.rename(folder / f".writing-gone-{old.name}"))
-    return final
 
 
 _REPLACED = ".writing-old-"
+_MANIFEST = ("format", "method", "fingerprint", "here", "digests")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -307,9 +322,20 @@ def load(state: State, path: str | Path) -> list[str]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except ValueError as e:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on.") from e
+        raise CheckpointError(
+            f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on from the checkpoint before it."
+        ) from e
+    missing = [k for k in _MANIFEST if not isinstance(manifest, dict) or k not in manifest]
+    if missing:
+        raise CheckpointError(
+            f"{path / 'manifest.json'} is damaged: it has no {missing[0]!r}. "
+            f"Delete that folder to go on from the checkpoint before it."
+        )
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}; this version reads format {FORMAT}. "
+            f"Go on with the version of trimtab that wrote it, named in the run's config.json, or start a new run."
+        )
     for name, digest in manifest["digests"].items():
         if not (path / name).exists() or _digest(path / name) != digest:
             raise CheckpointError(

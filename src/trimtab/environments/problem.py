@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,6 +172,11 @@ def check_answer(value: Any, name: str, where: str, required: bool) -> str | Non
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise EnvironmentFailure(
+                f"The field {name!r} of {where} is {value}, which is no number to compare with. Write the answer as "
+                "text, or remove the line."
+            )
         return str(value)
     if not required:
         return None

@@ -18,6 +18,8 @@ from trimtab.core.errors import EnvironmentFailure, nearest
 from trimtab.environments.problem import Failure, Problem, normalise
 
 NAMES = ("exact", "math-verify")
+# Squares of larger ones overflow float32, and then the deviation of a group is infinite and its credit a silent 0.
+LARGEST = 1e15
 INTEGER = re.compile(r"[+-]?[0-9]+")
 # "7-2" ends in 2, not -2, and "3.14" holds no integer: a sign counts only where no number stands before it.
 INTEGER_IN_TEXT = re.compile(r"(?<![0-9.])(?:(?<![0-9]\s)[+-])?[0-9]+(?!\.?[0-9])")
@@ -73,9 +75,11 @@ def as_reward(value: Any) -> float | Failure:
         number = float(value)
     except OverflowError:
         number = math.inf
-    return (
-        number if math.isfinite(number) else Failure("not-finite", f"the scorer returned {number}; a reward is finite")
-    )
+    if not math.isfinite(number):
+        return Failure("not-finite", f"the scorer returned {number}; a reward is finite")
+    if abs(number) > LARGEST:
+        return Failure("not-finite", f"the scorer returned {number:g}; a reward lies within {LARGEST:g} of 0")
+    return number
 
 
 def guarded(score: Callable[[Problem, str], Any], problem: Problem, text: str) -> float | Failure:

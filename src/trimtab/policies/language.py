@@ -57,7 +57,7 @@ class LanguagePolicy(nn.Module):
         self.wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self.ends = _ends(self.causal, tokenizer)
         self.fill: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
-        self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide)
+        self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide, self.context)
         self._working = _Working()
         self._plain_head: bool | None = None
         self._left_out = _left_out(self)
@@ -74,6 +74,11 @@ class LanguagePolicy(nn.Module):
         """Rank of the adapter, 0 without one."""
         configs = getattr(self.model, "peft_config", None)
         return next(iter(configs.values())).r if configs else 0
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens, prompt and answer together, that the model reads; None where its config names no limit."""
+        return getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:

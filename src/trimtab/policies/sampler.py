@@ -153,10 +153,18 @@ class LocalSampler:
 
     decoder: gives one that holds the policy's *present* weights; asked once per call of `sample`.
     ends: ids that finish a response. fill: id that pads. compute: dtype of probabilities (float32, or float64 for a
-    float64 policy).
+    float64 policy). context: the most tokens, prompt and response together, that the model reads; None is no limit.
     """
 
-    def __init__(self, decoder: Callable[[], Decoder], ends: Sequence[int], fill: int, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        decoder: Callable[[], Decoder],
+        ends: Sequence[int],
+        fill: int,
+        compute: torch.dtype,
+        context: int | None = None,
+    ) -> None:
+        self.context = context
         self.decoder = decoder
         self.ends = torch.tensor(sorted(ends), dtype=torch.long)
         self.fill = fill
@@ -169,7 +177,7 @@ class LocalSampler:
         prompts: token lists, each at least one token. copies: >= 1. seeds: long `[N]`, the noise of each row; None
         only when greedy. `T` is the longest row sampled, at least 1.
 
-        Raises `SamplingError` for an empty prompt, or seeds that are missing or of another number.
+        Raises `SamplingError` for an empty or too long prompt, or seeds that are missing or of another number.
         """
         rows = len(prompts) * copies
         self._check(prompts, copies, seeds, rows, sampling)
@@ -195,6 +203,12 @@ class LocalSampler:
         empty = [i for i, p in enumerate(prompts) if not p]
         if empty:
             raise SamplingError(f"prompt {empty[0]} has no tokens; the first decision needs one before it")
+        long = [i for i, p in enumerate(prompts) if self.context and len(p) + sampling.new_tokens > self.context]
+        if long:
+            raise SamplingError(
+                f"prompt {long[0]} has {len(prompts[long[0]])} tokens, and new_tokens={sampling.new_tokens} more are "
+                f"above the {self.context} that the model reads; shorten it, or ask for fewer tokens"
+            )
         if seeds is None and not sampling.greedy:
             raise SamplingError(f"temperature={sampling.temperature} needs noise, so every row needs a seed")
         if seeds is not None and len(seeds) != rows:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from trimtab.core.disk import writing
 from trimtab.core.errors import TrimtabError
 from trimtab.report.lock import FolderLock
 from trimtab.report.records import Appender, cut_after, read_records, sync_folder, to_json, write_atomic
@@ -70,16 +71,19 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> Self:
         """Start a new run here: make the folder, lock it, write `config.json`.
 
-        Raises `RunFolderError` if the folder holds a run, `LockedError` if one is being written right now.
+        Raises `RunFolderError` if the folder holds a run, `LockedError` if one is being written right now, and
+        `DiskError` where no folder can be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a folder; choose another place for the run")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         try:
             if self.holds_run():
                 raise RunFolderError(self._used())
-            self.checkpoints.mkdir(exist_ok=True)
+            with writing(self.checkpoints):
+                self.checkpoints.mkdir(exist_ok=True)
             self.write_json("config", config)
             self._start(None)
         except BaseException:
@@ -96,8 +100,11 @@ class RunFolder:
         """
         if not (self.path / "config.json").is_file():
             raise RunFolderError(f"{self.path} holds no run to resume: it has no config.json")
-        self._lock.acquire()
+        with writing(self.path):
+            self._lock.acquire()
         try:
+            with writing(self.checkpoints):
+                self.checkpoints.mkdir(exist_ok=True)
             self._start(turn)
         except BaseException:
             self.close()

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trimtab.core.disk import writing
 from trimtab.core.errors import TrimtabError
 
 
@@ -72,17 +73,22 @@ def _plain(value: Any, where: str, lost: dict[str, str]) -> Any:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace a file so that readers, and a restart after power loss, see the old data or the new, never a part."""
+    """Replace a file so that readers, and a restart after power loss, see the old data or the new, never a part.
+
+    Raises DiskError when the disk does not take it; the old data stay.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
+    with writing(path, len(raw)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -150,15 +156,18 @@ class Appender:
     def __init__(self, path: Path) -> None:
         self.path = path
         # Unbuffered: one write call per record, so that a kill can tear at most the record being written.
-        self._file: BinaryIO = path.open("ab", buffering=0)
+        with writing(path):
+            self._file: BinaryIO = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = to_json(record).encode() + b"\n"
-        while line:  # a full disk raises; a short write is continued
-            line = line[self._file.write(line) :]
+        with writing(self.path, len(line)):
+            while line:  # a full disk raises; a short write is continued
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

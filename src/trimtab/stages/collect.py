@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.core.batch import Batch
 from trimtab.core.errors import EnvironmentFailure
 from trimtab.core.kit import Kit
-from trimtab.core.piece import piece
+from trimtab.core.piece import Schedule, piece
 from trimtab.core.terms import SOURCES
 
 TEXT_COLUMNS = (
@@ -59,7 +59,16 @@ def chosen(kit: Kit, n: int, revisit: float) -> list[Any]:
 def _sane(options: Mapping[str, Any]) -> str | None:
     if options["prompts"] < 1 or options["group"] < 1:
         return f"prompts={options['prompts']} and group={options['group']} must both be at least 1"
-    return None if 0 < options["revisit"] <= 1 else f"revisit={options['revisit']} must be in (0, 1]"
+    if not 0 < options["revisit"] <= 1:
+        return f"revisit={options['revisit']} must be in (0, 1]"
+    from trimtab.policies.sampler import Sampling, SamplingError
+
+    known = {k: options[k] for k in ("new_tokens", "temperature", "top_k", "top_p")}
+    try:
+        Sampling(**{k: v for k, v in known.items() if not isinstance(v, Schedule)})
+    except SamplingError as error:
+        return str(error)
+    return None
 
 
 @piece("collect", writes=TEXT_COLUMNS, state={"ids": first_id, "solved": nothing_solved}, validate=_sane)
@@ -80,13 +89,15 @@ def rollouts(
     how tokens are drawn; 0 and 1.0 switch the last two off. revisit: chance, in (0, 1], of drawing a problem again
     while its latest group was all right; such a group is mostly all right again, and teaches nothing.
 
+    A problem whose prompt leaves no room for an answer is passed over, counted in the log as `too_long`.
     A response whose reward failed leaves the batch, counted in the log as `failures`: a failure is not a reward of 0.
     Raises EnvironmentFailure when none is left.
     """
+    from trimtab.policies.context import that_fit, too_long
     from trimtab.policies.sampler import Sampling
 
     policy = kit.actor("policy")
-    problems = chosen(kit, prompts, revisit)
+    problems = that_fit(kit, lambda n: chosen(kit, n, revisit), prompts, lambda p: too_long(policy, p, new_tokens))
     encoded = [policy.encode(p.prompt) for p in problems]
     seeds = torch.randint(2**62, (prompts * group,), generator=kit.rng("rollout"))
     sampling = Sampling(new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -217,10 +228,18 @@ def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch]) -> Batch:
 def preferences(kit: Kit, *, pairs: int = 16) -> Batch:
     """`pairs` preference pairs of the environment, two rows each: the chosen response, then the rejected one.
 
-    `pair` [N] numbers them in the run, `preferred` bool [N]; `source` is expert, every token counts.
+    `pair` [N] numbers them in the run, `preferred` bool [N]; `source` is expert, every token counts. A problem that is
+    too long together with an answer is passed over, counted in the log as `too_long`.
     """
-    drawn = kit.environment.preferences(pairs)
-    rows = expert_rows(kit.models["policy"], [(p, text) for p, *both in drawn for text in both])
+    from trimtab.policies.context import that_fit, too_long
+
+    policy: Any = kit.models["policy"]
+
+    def fault(drawn: tuple[Any, str, str]) -> str | None:
+        return too_long(policy, drawn[0], max(len(policy.answer(text)) for text in drawn[1:]))
+
+    drawn = that_fit(kit, kit.environment.preferences, pairs, fault)
+    rows = expert_rows(policy, [(p, text) for p, *both in drawn for text in both])
     ids = kit.state["ids"]
     kit.state["ids"] = {**ids, "group": ids["group"] + pairs, "episode": ids["episode"] + 2 * pairs}
     kit.log("length", rows.mask.sum(1).double().mean())
@@ -237,9 +256,15 @@ def preferences(kit: Kit, *, pairs: int = 16) -> Batch:
     state={"ids": first_id},
 )
 def demonstrations(kit: Kit, *, prompts: int = 16) -> Batch:
-    """`prompts` reference answers of the environment as rows to imitate; `source` is expert, every token counts."""
-    policy = kit.models["policy"]
-    pairs = kit.environment.demonstrations(prompts)
+    """`prompts` reference answers of the environment as rows to imitate; `source` is expert, every token counts.
+
+    A problem that is too long together with its answer is passed over, counted in the log as `too_long`.
+    """
+    from trimtab.policies.context import that_fit, too_long
+
+    policy: Any = kit.models["policy"]
+    draw = kit.environment.demonstrations
+    pairs = that_fit(kit, draw, prompts, lambda pair: too_long(policy, pair[0], len(policy.answer(pair[1]))))
     rows = expert_rows(policy, pairs)
     ids = kit.state["ids"]
     kit.state["ids"] = {**ids, "episode": ids["episode"] + len(pairs)}

@@ -25,7 +25,21 @@ def make_adamw(kit: Kit, options: Mapping[str, Any]) -> torch.optim.AdamW:
     )
 
 
-@piece("update", state={"optimizer": make_adamw}, one_gradient=True)
+def _sane_step(options: Mapping[str, Any]) -> str | None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = options.get(name, 0.0)
+        if not isinstance(value, Schedule) and not 0 <= value < float("inf"):
+            return f"{name}={value!r} must be a number of at least 0, and finite"
+    betas = options.get("betas", (0.9, 0.999))
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+        return f"betas={betas!r} must be two numbers in [0, 1), for example (0.9, 0.999)"
+    clip = options.get("clip")
+    if clip is not None and not isinstance(clip, Schedule) and not clip > 0:
+        return f"clip={clip!r} must be above 0: the largest norm of the gradient; None does not clip"
+    return None
+
+
+@piece("update", state={"optimizer": make_adamw}, one_gradient=True, validate=_sane_step)
 def adamw(
     kit: Kit,
     closure: Closure,
@@ -55,7 +69,7 @@ def adamw(
     return {**report(made), "lr": lr}, False
 
 
-@piece("update", one_gradient=True)
+@piece("update", one_gradient=True, validate=_sane_step)
 def sgd(kit: Kit, closure: Closure, *, lr: float = 1e-2) -> tuple[dict[str, float | Tensor], bool]:
     """`theta <- theta - lr grad`, with nothing remembered."""
     made = closure()
