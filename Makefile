@@ -46,7 +46,7 @@ format: setup
 	$(VENV)/bin/ruff format src tests
 
 docs: setup
-	$(PY) -m trimtab.pages docs/methods
+	$(PY) -m trimtab.catalogue.pages docs/methods
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

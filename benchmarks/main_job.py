@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from trimtab.evaluation import Evaluation, evaluate
-from trimtab.experiment import Request, build, command, request_of, resume, train
 from trimtab.policies.builtin import load_policy
 from trimtab.report.compare import curve, overlay
 from trimtab.report.folder import RunFolder
 from trimtab.report.style import Theme
+from trimtab.runs.experiment import Request, build, command, request_of, resume, train
 
 ENV = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
 FORMAT = "trimtab.environments.rewards:bare_integer"

@@ -71,8 +71,8 @@ class Setting:
 
     def request(self, method: str, out: str, **more: Any) -> Any:
         """The whole request. Raises MethodError for two budgets."""
-        from trimtab.commands import one_budget
-        from trimtab.experiment import Request
+        from trimtab.runs.commands import one_budget
+        from trimtab.runs.experiment import Request
 
         one_budget(self.steps, self.decisions)
         wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
@@ -103,7 +103,7 @@ class Train:
     """Print one JSON object at the end, and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.experiment import train
+        from trimtab.runs.experiment import train
 
         out = self.out or f"runs/{_plain(self.method, Path(self.setting.policy).name)}-s{self.seed}"
         request = self.setting.request(self.method, out, seed=self.seed, keep=self.keep)
@@ -135,8 +135,8 @@ class Compare:
     """Print the object of comparison.json at the end, and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.comparison import compare
-        from trimtab.describe import comparison_tables
+        from trimtab.catalogue.describe import comparison_tables
+        from trimtab.runs.comparison import compare
 
         out = self.out or f"runs/compare-{_plain(*self.methods, Path(self.setting.policy).name)}"
         seeds = range(self.first_seed, self.first_seed + self.seeds)
@@ -170,7 +170,7 @@ class Resume:
     """Print one JSON object at the end, and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.experiment import resume
+        from trimtab.runs.experiment import resume
 
         mode = "silent" if self.json else "auto"
         return _outcome(resume(self.run, mode=mode, steps=self.steps, decisions=self.decisions), self.json)
@@ -195,7 +195,7 @@ class Eval:
     """Print one JSON object and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.experiment import evaluate_folder
+        from trimtab.runs.experiment import evaluate_folder
 
         options = {"samples": self.samples, "k": self.k, "temperature": self.temperature}
         return _outcome(evaluate_folder(self.run, problems=self.problems, env=self.env, **options), self.json)
@@ -216,7 +216,7 @@ class Export:
     """Print one JSON object and nothing else."""
 
     def __call__(self) -> int:
-        from trimtab.export import export
+        from trimtab.runs.export import export
 
         made = export(self.run, out=self.out, checkpoint=self.checkpoint, merge=self.merge)
         if self.json:
@@ -237,7 +237,7 @@ class Methods:
     """Print a JSON list instead of a table."""
 
     def __call__(self) -> int:
-        from trimtab.describe import method_rows
+        from trimtab.catalogue.describe import method_rows
 
         if self.search is not None:
             return self._found(self.search)
@@ -251,8 +251,8 @@ class Methods:
         return 0
 
     def _found(self, text: str) -> int:
-        from trimtab.describe import method_rows
-        from trimtab.search import nothing_found, search
+        from trimtab.catalogue.describe import method_rows
+        from trimtab.catalogue.search import nothing_found, search
 
         hits, rows = search(text), {r["name"]: r for r in method_rows()}
         if self.json:
@@ -300,8 +300,8 @@ class Explain:
     """Print a JSON list instead of a table."""
 
     def __call__(self) -> int:
-        from trimtab.describe import pipeline
-        from trimtab.experiment import Request, configured
+        from trimtab.catalogue.describe import pipeline
+        from trimtab.runs.experiment import Request, configured
 
         title, rows, notes = pipeline(configured(Request(self.method, "", "", "", set=self.set)))
         if self.json:
@@ -348,7 +348,7 @@ class Doctor:
     """Print a JSON object instead of lines."""
 
     def __call__(self) -> int:
-        from trimtab.describe import diagnose_machine
+        from trimtab.catalogue.describe import diagnose_machine
 
         facts, advice = diagnose_machine()
         if self.json:

@@ -18,8 +18,8 @@ from trimtab.cli import main
 from trimtab.core.errors import MethodError
 from trimtab.core.schedules import linear, warmup
 from trimtab.environments.text import load_environment
-from trimtab.experiment import Request, build, command, config, configured, literal, resume, train
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import Request, build, command, config, configured, literal, resume, train
 
 ENV = "toy:sum(limit=5)"
 SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update.lr=3e-3")
@@ -68,7 +68,7 @@ def test_a_used_folder_is_refused_with_the_way_on(tmp_path: Path, capsys: pytest
 def test_resume_reaches_the_same_bits(tmp_path: Path) -> None:
     train(ask(tmp_path / "whole", steps=6), mode="silent")
     child = (
-        "import sys, trimtab.experiment as e\n"
+        "import sys, trimtab.runs.experiment as e\n"
         "record = e._record_turn\n"
         "def killed(made, folder, view, tally, step):\n"
         "    record(made, folder, view, tally, step)\n"
@@ -182,7 +182,7 @@ def test_evaluations_leave_no_trace_in_a_checkpoint(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.disk.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr("trimtab.runs.forecast.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
     train(ask(tmp_path / "a", steps=1), mode="plain")
     out = capsys.readouterr().out
     assert "note: A checkpoint takes about" in out

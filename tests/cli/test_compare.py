@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-import trimtab.experiment
-import trimtab.schedule
+import trimtab.runs.experiment
+import trimtab.runs.jobs
 from trimtab.cli import main
-from trimtab.comparison import ComparisonError, compare, plan
 from trimtab.core.errors import MethodError, TrimtabError
-from trimtab.experiment import Request, command, resume, train
 from trimtab.report.folder import RunFolder
 from trimtab.report.paired import Run, compared, measured
+from trimtab.runs.comparison import ComparisonError, compare, plan
+from trimtab.runs.experiment import Request, command, resume, train
 
 ENV = "toy:sum(limit=5)"
 SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update.lr=3e-3")
@@ -159,7 +159,7 @@ def test_a_shared_budget_of_decisions(tmp_path: Path) -> None:
 def test_an_interrupted_comparison_goes_on(
     how: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = trimtab.experiment._record_turn
+    record = trimtab.runs.experiment._record_turn
 
     def interrupted(made: Any, folder: RunFolder, view: Any, tally: Any, step: Any) -> None:
         record(made, folder, view, tally, step)
@@ -169,7 +169,7 @@ def test_an_interrupted_comparison_goes_on(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trimtab.experiment, "_record_turn", interrupted)
+        patch.setattr(trimtab.runs.experiment, "_record_turn", interrupted)
         code, out, err = say(capsys, *typed(tmp_path / "a", *ARMS))
     assert code == 130
     assert "go on with: trimtab compare grpo rloo" in err
@@ -189,7 +189,7 @@ def test_a_failed_run_is_counted_and_said(
             raise TrimtabError("no verifier today")
         return train(request, **more)
 
-    monkeypatch.setattr(trimtab.schedule, "train", flaky)
+    monkeypatch.setattr(trimtab.runs.jobs, "train", flaky)
     code, out, _ = say(capsys, *typed(tmp_path, *ARMS, seeds=3))
     assert code == 1
     assert "rloo, seed 0, failed: no verifier today" in out

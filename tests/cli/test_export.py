@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimtab.cli import main
 from trimtab.core.loop import begin
 from trimtab.core.state import load
-from trimtab.experiment import Request, build, request_of, train
-from trimtab.export import ExportError, choose, export
 from trimtab.policies.sampler import Sampling
 from trimtab.report.folder import RunFolder, RunFolderError
+from trimtab.runs.experiment import Request, build, request_of, train
+from trimtab.runs.export import ExportError, choose, export
 
 SMALL = ("collect.prompts=8", "update.lr=3e-2")  # a method that is sure to change the policy
 NEW = 8

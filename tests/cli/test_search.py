@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from trimtab.catalogue.search import SearchError, near, search
 from trimtab.cli import main
 from trimtab.core.registry import methods
-from trimtab.search import SearchError, near, search
 
 
 def names(text: str) -> list[str]:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import pytest
 
-from trimtab import disk
+from trimtab.core.disk import size_words
 from trimtab.core.loop import begin, run
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, save
 from trimtab.methods.cases import case
+from trimtab.runs import forecast
 
 
 class Usage(NamedTuple):
@@ -36,31 +37,31 @@ def test_the_estimate_is_the_size_of_a_checkpoint(tmp_path: Path) -> None:
     made = case("text")
     method = made.shrink(parse("grpo(kl=0.1)"))
     state = begin(method, made.environment, made.models)
-    before = disk.checkpoint_bytes(state)
+    before = forecast.checkpoint_bytes(state)
     step = next(run(method, made.environment, made.models, until=1, state=state))
     save(step.state, tmp_path)
-    for estimate in (before, disk.checkpoint_bytes(state)):
+    for estimate in (before, forecast.checkpoint_bytes(state)):
         assert estimate == pytest.approx(written(tmp_path), rel=0.05)
 
 
 def test_a_note_when_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = begun()
-    each = disk.checkpoint_bytes(state)
+    each = forecast.checkpoint_bytes(state)
 
     def free(bytes_left: float) -> None:
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage(0, 0, int(bytes_left)))
+        monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: Usage(0, 0, int(bytes_left)))
 
     free(3 * each)
-    assert disk.disk_notes(state, tmp_path, keep=2) == []
-    (note,) = disk.disk_notes(state, tmp_path, keep=3)
+    assert forecast.disk_notes(state, tmp_path, keep=2) == []
+    (note,) = forecast.disk_notes(state, tmp_path, keep=3)
     assert "keep=3" in note
     assert f"below {tmp_path}" in note
     save(state, tmp_path)
-    assert disk.disk_notes(state, tmp_path, keep=3) == [], "one of them is on the disk already"
+    assert forecast.disk_notes(state, tmp_path, keep=3) == [], "one of them is on the disk already"
     free(each / 2)
-    assert disk.disk_notes(state, tmp_path, keep=1)
+    assert forecast.disk_notes(state, tmp_path, keep=1)
 
 
-@pytest.mark.parametrize(("count", "said"), [(999, "999 B"), (1.6e9, "1.6 GB"), (2.5e6, "2.5 MB"), (4e12, "4e+03 GB")])
+@pytest.mark.parametrize(("count", "said"), [(999, "999 bytes"), (1.6e9, "1.6 GB"), (2.5e6, "2.5 MB")])
 def test_sizes_in_words(count: float, said: str) -> None:
-    assert disk._size(count) == said
+    assert size_words(count) == said

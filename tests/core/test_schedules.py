@@ -16,7 +16,7 @@ from trimtab.core.piece import Schedule
 from trimtab.core.schedules import complement, cosine, inverse, linear, power, warmup, warmup_cosine
 from trimtab.core.state import Clock
 from trimtab.core.terms import fixed
-from trimtab.literals import literal
+from trimtab.runs.literals import literal
 
 torch.set_num_threads(1)
 

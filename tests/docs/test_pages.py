@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from trimtab import pages
+from trimtab.catalogue import pages
+from trimtab.catalogue.evidence import EvidenceError, evidence
+from trimtab.catalogue.options import described, options
 from trimtab.core.registry import find, methods, parse
-from trimtab.evidence import EvidenceError, evidence
-from trimtab.options import described, options
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "methods"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from trimtab.cli import main
 from trimtab.core.state import checkpoints
-from trimtab.experiment import Request
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import Request
 
 ENV = "toy:sum(limit=5)"
 SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update.lr=3e-3")

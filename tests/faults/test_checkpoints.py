@@ -14,8 +14,8 @@ from tests.faults.common import Say as Say
 from tests.faults.common import ask, outcome, refused
 from trimtab.core import state as module
 from trimtab.core.state import checkpoints
-from trimtab.experiment import train
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import train
 
 
 @pytest.fixture(scope="module")

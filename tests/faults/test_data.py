@@ -16,10 +16,10 @@ from trimtab.core.registry import find
 from trimtab.core.state import load, save
 from trimtab.environments.text import TextEnvironment, load_environment
 from trimtab.evaluation import evaluate
-from trimtab.experiment import resume
 from trimtab.policies.builtin import load_policy
 from trimtab.policies.sampler import Sampling, SamplingError
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import resume
 from trimtab.stages.collect import preferences
 
 torch.set_num_threads(1)

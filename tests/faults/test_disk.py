@@ -14,14 +14,14 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.faults.common import Say, ask, outcome, refused
-from trimtab import experiment, salvage
 from trimtab.core import state as module
 from trimtab.core.disk import writing
 from trimtab.core.errors import DiskError
 from trimtab.core.state import checkpoints
-from trimtab.experiment import resume, train
 from trimtab.report import records
 from trimtab.report.folder import RunFolder
+from trimtab.runs import experiment, salvage
+from trimtab.runs.experiment import resume, train
 
 
 def full(*_: Any, **__: Any) -> Any:

@@ -27,7 +27,7 @@ CHILD = textwrap.dedent("""
     from tests.faults.conftest import letters
     from trimtab.core import state
     from trimtab.environments import scoring
-    from trimtab.experiment import resume, train
+    from trimtab.runs.experiment import resume, train
     from trimtab.report import html
     from trimtab.core.state import checkpoints
 

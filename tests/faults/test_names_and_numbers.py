@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from tests.faults.common import ENV, Say, ask, refused
-from trimtab import experiment
 from trimtab.cli import main
 from trimtab.core.errors import MethodError, TrimtabError
 from trimtab.core.loop import run
 from trimtab.core.registry import find
 from trimtab.core.schedules import linear
 from trimtab.environments.text import load_environment
-from trimtab.experiment import resume, train
-from trimtab.limits import LARGEST_SEED, WHOLE
 from trimtab.policies.builtin import load_policy
 from trimtab.report.folder import RunFolder
+from trimtab.runs import experiment
+from trimtab.runs.experiment import resume, train
+from trimtab.runs.limits import LARGEST_SEED, WHOLE
 
 NAMES: list[tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = [
     ({"method": "grpoo"}, (), ("no method 'grpoo'", "Did you mean 'grpo'?")),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.faults.common import LETTERS, Say, refused
 from trimtab.core.state import checkpoints
-from trimtab.experiment import resume
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import resume
 from trimtab.stages import collect
 
 torch.set_num_threads(1)

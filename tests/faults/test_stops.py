@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.faults.common import Say, ask, outcome, refused
-from trimtab import experiment
 from trimtab.core.state import checkpoints
-from trimtab.experiment import resume, train
-from trimtab.interrupt import interruptible
 from trimtab.report.folder import RunFolder
 from trimtab.report.lock import FolderLock
+from trimtab.runs import experiment
+from trimtab.runs.experiment import resume, train
+from trimtab.runs.interrupt import interruptible
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 

@@ -94,7 +94,7 @@ def test_overlong_punishment_of_the_card(length: int, price: float) -> None:
         seen.append(batch.score())
         return batch.put(advantage=batch.reward)
 
-    made = called(overlong(look(), 0.2, 1.0, 20), batch)
+    made = called(overlong(inner=look(), buffer=0.2, penalty=1.0, limit=20), batch)
     assert seen[0].tolist() == pytest.approx([price, 0.0])
     assert made.reward.abs().max() == 0, "the reward column stays as the environment gave it"
 
@@ -116,7 +116,7 @@ def test_a_sequence_of_one_token_makes_gspo_grpo() -> None:
         environment, models = case(0)
         environment.length = 1
         method = test_golden.toy(find(name)(find("grpo")(passes=3)) if name == "gspo" else find("grpo")(passes=3))
-        method = method.swap("collect", shortened(method.get("collect"))).set("surrogate.bound.low", 0.1)
+        method = method.wrap("collect", shortened()).set("surrogate.bound.low", 0.1)
         method = method.set("surrogate.bound.high", 0.1)
         if name == "grpo":
             method = method.swap("surrogate.per", "row")

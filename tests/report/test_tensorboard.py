@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trimtab import experiment
-from trimtab.experiment import Request, command, resume, train
 from trimtab.report import tensorboard as sink
 from trimtab.report.folder import RunFolder
 from trimtab.report.keys import CLOCK, flat
 from trimtab.report.tensorboard import TensorBoard, TensorBoardError, needs_tensorboard, scalars
 from trimtab.report.watchers import Watchers
+from trimtab.runs import experiment
+from trimtab.runs.experiment import Request, command, resume, train
 
 SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update.lr=3e-3")
 

@@ -37,8 +37,9 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
 def _sentence(path: Path, needed: int, number: int | None, text: str = "") -> str:
     reason = os.strerror(number) if number else text
     if number in _FULL:
-        need = f"it needs about {_size(needed)}, and " if needed else ""
-        return f"{path} cannot be written ({reason}): {need}{_size(_free(path))} is free on that disk. Make room there."
+        need = f"it needs about {size_words(needed)}, and " if needed else ""
+        free = size_words(_free(path))
+        return f"{path} cannot be written ({reason}): {need}{free} is free on that disk. Make room there."
     if number in _FORBIDDEN:
         return f"{path} cannot be written ({reason}). Allow this user to write there, or choose another place."
     return f"{path} cannot be written ({reason}). Choose another place, or put that right."
@@ -51,7 +52,8 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _size(count: float) -> str:
+def size_words(count: float) -> str:
+    """Bytes as a reader says them: 300 bytes, 4.5 kB, 1.6 GB."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

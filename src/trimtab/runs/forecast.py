@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.core.disk import size_words
 from trimtab.core.state import State, checkpoints
 
 
@@ -43,14 +44,6 @@ def disk_notes(state: State, folder: Path, keep: int) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"A checkpoint takes about {_size(each)}, and with keep={keep} the run needs {_size(needed)} for them while "
-        f"one is written, but {_size(free)} are free below {folder}. Make room or keep fewer, or a save will fail."
+        f"A checkpoint takes about {size_words(each)}, and with keep={keep} the run needs {size_words(needed)} for them while "
+        f"one is written, but {size_words(free)} are free below {folder}. Make room or keep fewer, or a save will fail."
     ]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -1,4 +1,4 @@
-"""A page per method, made from its definition: `python -m trimtab.pages docs/methods`."""
+"""A page per method, made from its definition: `python -m trimtab.catalogue.pages docs/methods`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trimtab.catalogue.describe import pipeline, stages_of
+from trimtab.catalogue.evidence import evidence
+from trimtab.catalogue.options import Option, options
 from trimtab.core.errors import TrimtabError
 from trimtab.core.method import diff, show
 from trimtab.core.registry import Definition, methods
-from trimtab.describe import pipeline, stages_of
-from trimtab.evidence import evidence
-from trimtab.options import Option, options
 
 MARK = "<!-- Made by `make docs` from the definition of the method; edit that, not this page. -->"
 ENV = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
@@ -225,9 +225,9 @@ def _joined(*parts: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m trimtab.pages FOLDER`: write the pages, and say which changed."""
+    """`python -m trimtab.catalogue.pages FOLDER`: write the pages, and say which changed."""
     if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python -m trimtab.pages FOLDER (docs/methods in a checkout)", file=sys.stderr)
+        print("usage: python -m trimtab.catalogue.pages FOLDER (docs/methods in a checkout)", file=sys.stderr)
         return 2
     try:
         changed = write(Path(argv[0]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trimtab.core.errors import MethodError
 
 if TYPE_CHECKING:
-    from trimtab.experiment import Request
+    from trimtab.runs.experiment import Request
 
 
 def command(request: Request) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.core.errors import TrimtabError
 from trimtab.core.loop import begin
 from trimtab.core.state import checkpoints, load
-from trimtab.experiment import build, request_of
+from trimtab.runs.experiment import build, request_of
 from trimtab.report.folder import RunFolder
 
 

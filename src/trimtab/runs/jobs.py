@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trimtab.commands import command
+from trimtab.runs.commands import command
 from trimtab.core.errors import TrimtabError
-from trimtab.experiment import Request, resume, train
-from trimtab.interrupt import interruptible
+from trimtab.runs.experiment import Request, resume, train
+from trimtab.runs.interrupt import interruptible
 from trimtab.report.words import count, duration, percent
 
 if TYPE_CHECKING:
-    from trimtab.comparison import Job, Plan
+    from trimtab.runs.comparison import Job, Plan
 
 _LOOK = 0.2  # seconds between looks at the processes
 _QUIET = 60.0  # and between lines on how far they are
