@@ -8,6 +8,7 @@ import shutil
 from importlib import metadata, util
 from typing import Any
 
+from trimtab.claims import statement_of
 from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
@@ -38,7 +39,7 @@ def method_rows() -> list[dict[str, Any]]:
             "title": d.title,
             "arxiv": d.arxiv or None,
             "stages": stages_of(d),
-            "claim": d.claim or None,
+            "claim": statement_of(d.name),
             "aliases": list(d.aliases),
             "presets": sorted(d.presets),
         }

@@ -9,6 +9,7 @@ from typing import Any
 from trimtab.catalogue.describe import pipeline, stages_of
 from trimtab.catalogue.evidence import evidence
 from trimtab.catalogue.options import Option, options
+from trimtab.claims import statement_of
 from trimtab.core.errors import TrimtabError
 from trimtab.core.method import diff, show
 from trimtab.core.registry import Definition, methods
@@ -170,7 +171,8 @@ def _pipeline(d: Definition) -> str:
 
 def _evidence(d: Definition, path: Path) -> str:
     found = evidence(path)
-    claim = f"{_plain(d.claim)}\n\n" if d.claim else ""
+    said = statement_of(d.name)
+    claim = f"What the paper says: {_plain(said)}\n\n" if said else ""
     if not found:
         return claim + "No claim recorded yet."
     heads = ["claim", "metric", "arms (mean over seeds)", "effect [95% interval]", "detectable", "seeds", "seconds",

@@ -28,3 +28,8 @@ def find_claim(name: str) -> Claim:
         raise ClaimError(f"the method {method!r} has no claim yet. {nearest(method, known)}")
     made: Claim = importlib.import_module(f"{__name__}.{method}").CLAIM
     return made
+
+
+def statement_of(name: str) -> str | None:
+    """What the paper says, in our words; None for a method without a claim."""
+    return find_claim(name).statement if name in claims() else None

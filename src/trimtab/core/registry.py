@@ -41,7 +41,6 @@ class Definition:
     arxiv: str = ""
     base: Definition | None = None
     aliases: tuple[str, ...] = ()
-    claim: str = ""
     neutral: Neutral | None = None
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     confusable: str = ""
