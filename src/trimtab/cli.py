@@ -228,6 +228,72 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Measure where the seconds and the memory of a turn go, phase by phase, and how fast this machine could be.
+
+    trimtab profile grpo --policy smollm2 --env 'reasoning-gym:chain_sum(max_terms=2)'
+    """
+
+    method: Expression
+    setting: Settings
+    turns: int = 3
+    """Turns that are measured, after two that are not."""
+    seed: int = 0
+    """Of everything random."""
+    out: str = ""
+    """A folder for profile.json and the page profile.html; nothing is written by default."""
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.report.profile_page import write_profile
+        from trimtab.runs.profile import HEADS, profile, remarks, table
+
+        found = profile(self.setting.request(self.method, "", seed=self.seed), self.turns)
+        rows, said = table(found), remarks(found)
+        page = write_profile(found, HEADS, rows, said, Path(self.out)) if self.out else None
+        if self.json:
+            print(json.dumps(found))
+            return 0
+        _table(f"{found['method']}, a turn", list(HEADS), rows)
+        print("\n".join(said))
+        if page:
+            print(f"page: {page}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict what a run will take: seconds, memory, disk. Trains a little on small batches to find out; keeps nothing.
+
+    trimtab plan grpo --policy smollm2 --env 'reasoning-gym:chain_sum(max_terms=2)' --steps 100
+    """
+
+    method: Expression
+    setting: Settings
+    seed: int = 0
+    """Of everything random."""
+    keep: int = 2
+    """Checkpoints kept."""
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.runs.plan import lines, plan
+
+        found = plan(self.setting.request(self.method, "", seed=self.seed, keep=self.keep))
+        if self.json:
+            print(json.dumps(found))
+            return 0
+        _table(
+            f"{found['method']}, {found['turns']} turns", ["what", "how much"], [list(line) for line in lines(found)]
+        )
+        print("\n".join(["Assumed:", *(f"- {text}" for text in found["assumed"])]))
+        print("\n".join(f"note: {note}" for note in found["notes"]))
+        return 0
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the methods, or search them: what each changes, and in which stages."""
 
@@ -365,6 +431,8 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Profile, subcommand("profile")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]

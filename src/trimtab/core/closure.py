@@ -16,6 +16,7 @@ from trimtab.core.errors import MethodError, NonFiniteError
 from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
+from trimtab.core.stopwatch import count_rows, phase, timed
 from trimtab.core.terms import Term, reduce, rows_of, split, units, weights
 
 Params = Mapping[str, Tensor]
@@ -95,7 +96,8 @@ class Closure:
                 loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
-                new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+                with phase("backward"):
+                    new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
                 if create_graph:
                     grads = [g + n for g, n in zip(grads, new)]
                 elif grads:
@@ -161,8 +163,10 @@ class Closure:
             return []
         return [index[part] for part in split(torch.unique(ids[index], return_inverse=True)[1], self.kit.memory)]
 
+    @timed("forward")
     def _terms(self, rows: Batch, scale: list[Tensor]) -> dict[str, Weighted]:
         plain = rows.guarded(None)
+        count_rows(plain)
         now = self._now(rows)
         made: dict[str, Weighted] = {}
         for p, weight in zip(self.losses, scale):
@@ -218,7 +222,8 @@ class Closure:
         """
         now: dict[str, Tensor] = {}
         if self.wants and (self.kit.memory is None or self.kit.memory >= len(self.batch)):
-            with_graph = self._now(self.batch)
+            with phase("forward"):
+                with_graph = self._now(self.batch)
             self._ready = (self._version(), with_graph)
             now = {k: v.detach() for k, v in with_graph.items()}
         elif self.wants:

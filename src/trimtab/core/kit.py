@@ -14,6 +14,7 @@ from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, PurityError, nearest
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
+from trimtab.core.stopwatch import count_rows, timed
 from trimtab.core.terms import rows_of, split
 
 
@@ -151,11 +152,13 @@ class Kit:
             tree.pieces.update(held)
             del self._logs[logs:], self._decided[decided:]
 
+    @timed("evaluate")
     @torch.no_grad()
     def evaluate(self, name: str, batch: Batch, want: frozenset[str] | set[str], unit: Tensor | None = None) -> Any:
         """`models[name].evaluate(batch, want)` without gradient, `memory` rows at a time. Columns come back by name."""
         model: Any = self.models[name]
         plain = batch.guarded(None)
+        count_rows(plain)
         rows = torch.arange(len(batch)) if unit is None else unit
         parts = split(rows, self.memory)
         if len(parts) == 1:

@@ -19,6 +19,7 @@ from trimtab.core.errors import MethodError, nearest
 from trimtab.core.kit import Kit
 from trimtab.core.method import Method, Track
 from trimtab.core.state import COUNTERS, State
+from trimtab.core.stopwatch import phase
 from trimtab.core.terms import split, units
 
 
@@ -103,7 +104,8 @@ def run(
         for track in kit.method.tracks:
             kit.scope, kit.model = track.name, track.trains
             for p in track.of("probe"):
-                kit.annotate(p, batch)
+                with phase("probe"):
+                    kit.annotate(p, batch)
         kit.scope, kit.model = "", "policy"
         logs = kit.drain()
         refresh(state, kit, "end", logs)
@@ -113,7 +115,7 @@ def run(
 def collected(kit: Kit) -> Batch:
     """Collect one batch and run the shared batch-scope pieces on it, stage by stage."""
     shared = kit.method.pieces
-    with torch.no_grad():
+    with torch.no_grad(), phase("collect"):
         (collect,) = (p for p in shared if p.stage == "collect")
         batch = collect(kit)
     if "mask" in batch and "keep" not in batch:
@@ -124,7 +126,8 @@ def collected(kit: Kit) -> Batch:
     for stage in ("annotate", "credit", "select"):
         for p in shared:
             if p.stage == stage and p.at == "batch":
-                batch = kit.annotate(p, batch)
+                with phase(stage):
+                    batch = kit.annotate(p, batch)
     return batch
 
 
@@ -152,8 +155,9 @@ def step(state: State, kit: Kit, track: Track, rows: Batch, stopped: set[str]) -
     """One optimiser step of one track."""
     kit.scope, kit.model = track.name, track.trains
     rows = scoped(kit, rows, track.pieces, track.trains)
-    closure = Closure(kit, track, rows)
-    logs, stop = track.update(kit, closure)
+    with phase("update"):
+        closure = Closure(kit, track, rows)
+        logs, stop = track.update(kit, closure)
     prefix = "" if len(kit.method.tracks) == 1 and state.phases.index < 0 else f"{track.name}/"
     for name, value in logs.items():
         kit.log(prefix + name, value)
@@ -170,12 +174,13 @@ def scoped(kit: Kit, rows: Batch, pieces: tuple[Any, ...], model: str) -> Batch:
         for p in pieces:
             if p.stage != stage or (p.at == "batch" and not kit.scope):
                 continue
-            if p.union("wants"):
-                wants = frozenset().union(*(q.union("wants") for q in pieces if q.stage in _NO_GRAD))
-                now = kit.evaluate(model, rows, wants) if now is None or len(now) == 0 else now
-                rows = kit.annotate(p, rows, now)
-            else:
-                rows = kit.annotate(p, rows, *([{}] if p.at == "update" else []))
+            with phase(stage):
+                if p.union("wants"):
+                    wants = frozenset().union(*(q.union("wants") for q in pieces if q.stage in _NO_GRAD))
+                    now = kit.evaluate(model, rows, wants) if now is None or len(now) == 0 else now
+                    rows = kit.annotate(p, rows, now)
+                else:
+                    rows = kit.annotate(p, rows, *([{}] if p.at == "update" else []))
     return rows
 
 

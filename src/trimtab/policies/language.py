@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.batch import Batch
 from trimtab.core.errors import nearest
+from trimtab.core.stopwatch import timed
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
 from trimtab.policies.sampler import LocalSampler
@@ -249,6 +250,7 @@ class LanguagePolicy(nn.Module):
         """Say that parameters changed in a way torch cannot see (through `.data` or numpy)."""
         self._working.touched = True
 
+    @timed("weights")
     def _decoder(self) -> ModuleDecoder | LlamaDecoder:
         working, stamp = self._working, _stamp(self.model.parameters())
         if working.decoder is None or working.device != self.device:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
+from trimtab.core.stopwatch import phase, timed
 
 # More rows than this are sampled in parts: above it the logits, not the decoding, dominate memory.
 ROWS_AT_ONCE = 256
@@ -170,6 +171,7 @@ class LocalSampler:
         self.fill = fill
         self.compute = compute
 
+    @timed("sample")
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], copies: int, seeds: Tensor | None, sampling: Sampling) -> Rollout:
         """Responses to every prompt: all `copies` of prompt 0, then of prompt 1, ...; `N = len(prompts) * copies` rows.
@@ -219,7 +221,8 @@ class LocalSampler:
     ) -> Rollout:
         n, steps = len(prompts) * copies, sampling.new_tokens
         ids, mask = pad_left(prompts, self.fill)
-        logits = decoder.start(ids, mask, steps).to(self.compute)
+        with phase("prefill"):
+            logits = decoder.start(ids, mask, steps).to(self.compute)
         device, ends = logits.device, self.ends.to(logits.device)
         noise = None if noise is None else noise.to(device)
         tokens = torch.full((n, steps), self.fill, dtype=torch.long, device=device)

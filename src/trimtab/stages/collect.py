@@ -12,6 +12,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import EnvironmentFailure
 from trimtab.core.kit import Kit
 from trimtab.core.piece import Schedule, piece
+from trimtab.core.stopwatch import phase
 from trimtab.core.terms import SOURCES
 
 TEXT_COLUMNS = (
@@ -104,7 +105,8 @@ def rollouts(
     made = policy.sampler.sample(encoded, group, seeds, sampling).cpu()
     asked = [p for p in problems for _ in range(group)]
     texts = [policy.decode(t[m].tolist()) for t, m in zip(made.tokens, made.mask)]
-    scores = kit.environment.score(asked, texts)
+    with phase("reward"):
+        scores = kit.environment.score(asked, texts)
     good = torch.tensor([isinstance(s, float) for s in scores])
     kit.log("failures", (~good).double().sum())
     if not bool(good.any()):
