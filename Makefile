@@ -8,13 +8,16 @@ ENV    := 'reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digi
 RECIPE := --steps 60 --set collect.group=16 --set collect.new_tokens=8 --set collect.revisit=0.25
 OUT    ?= runs/main-job
 SEED   ?= 0
+# What trimtab is measured against lives in an environment of its own.
+PEERS  ?= .venv-peers/bin/python
 
-.PHONY: help setup run test lint types format docs clean
+.PHONY: help setup run test lint types format docs clean peers bench-language
 
 help:
 	@echo "make run     install, fetch the model, run the main job, say where its report is"
 	@echo "make test    install, run the whole suite"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench-language   measure against TRL and transformers; hours, on an idle machine"
 	@echo "make docs    write docs/methods, a page per method, from the methods' definitions"
 
 setup: $(STAMP)
@@ -48,5 +51,17 @@ format: setup
 docs: setup
 	$(PY) -m trimtab.catalogue.pages docs/methods
 
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: constraints.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  trl==1.16.0 transformers peft accelerate datasets
+	@touch $@
+
+# PEERS=/other/python uses an environment that is there already.
+bench-language: setup $(if $(filter .venv-peers/%,$(PEERS)),peers)
+	$(PY) benchmarks/language.py --peers $(PEERS)
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-peers build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
