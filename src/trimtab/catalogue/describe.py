@@ -132,7 +132,7 @@ def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[l
         spent = [f"{a['decisions']:,}", f"{a['updates']:,}", duration(a["seconds"])]
         alone.append([a["arm"], value, f"{a['seeds']} of {a['of']}", *spent])
     paired = []
-    for r in made["rows"]:
+    for r in (r for r in made["rows"] if r["metric"] in (PRIMARY, "reward")):  # the report has all of them
         smallest = "-" if r["detectable"] is None else said(r["detectable"], r["share"])
         paired.append([r["arms"][1], r["label"], effect_of(r), smallest, f"{len(r['seeds'])} of {r['of']}"])
     heads = ["arm", METRICS[PRIMARY], "seeds", "decisions", "updates", "training"]

@@ -91,6 +91,13 @@ PANELS: tuple[Panel, ...] = (
         "trainer's at the start of the update. Should stay near 0.",
     ),
     Panel("KL to the reference", "nats per decision", ((r"(kl_)?(ref|reference)(_kl)?|kl", ""),)),
+    Panel(
+        "Preferred responses",
+        "% of pairs",
+        ((r"preferred_right", ""),),
+        share=True,
+        hint="Pairs whose chosen response gained more over the reference than the rejected one. A half is chance.",
+    ),
     Panel("KL to the old policy", "nats per decision", ((r"(approx_kl|kl_old|old_kl)", ""),), log=True),
     Panel(
         "Importance ratio",
@@ -139,6 +146,7 @@ _KNOWN: Mapping[str, str] = {
     "age": _SERIES["Age"][0],
     "speed": _SERIES["Speed"][0],
     "loss": r"(policy_|total_)?loss",
+    "preferred": _SERIES["Preferred responses"][0],
 }
 _PREFIX = r"(?:(?:policy|probe|train|update|surrogate|credit|stats|batch|rollout|sampling)_)*"
 

@@ -295,6 +295,7 @@ class LiveView:
             ("reward", self._reward(), "reward"),
             ("loss", "" if self._past["reward"] else plain("loss"), ""),
             ("held-out", self._held_out(), ""),
+            ("pairs right", plain("preferred", percent), ""),
             ("entropy", plain("entropy"), "entropy"),
             ("grad norm", plain("grad_norm"), ""),
             ("clipped", self._clip(), ""),

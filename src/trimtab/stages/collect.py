@@ -201,24 +201,30 @@ def dynamic_sampling(kit: Kit, *, inner: Callable[[], Batch], batches: int = 10,
     return kept.take(kept.by("group").index < wanted)
 
 
-@piece("collect", writes=("pair", "preferred"))
-def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch]) -> Batch:
+def _tries_sane(options: Mapping[str, Any]) -> str | None:
+    return None if options["tries"] >= 1 else f"tries={options['tries']} must be at least 1"
+
+
+@piece("collect", writes=("pair", "preferred"), validate=_tries_sane)
+def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch], tries: int = 10) -> Batch:
     """A wrap: the best and the worst response of every group become a preference pair; all-equal groups are left out.
 
-    Writes `pair` [N], the group's id, and `preferred` bool [N]. Raises EnvironmentFailure when no group has a pair.
+    Writes `pair` [N], the group's id, and `preferred` bool [N]. A batch without any pair is collected again, `tries`
+    times at most; then EnvironmentFailure is raised.
     """
-    rows = kit.counted(inner)
-    score, group = rows.score(), rows.by("group")
-    rank = group.rank(score)
-    best, worst = rank == group.count() - 1, rank == 0
-    chosen = (best | worst) & ~group.same(score)
-    kit.log("pairs", chosen.double().sum() / 2)
-    if not bool(chosen.any()):
-        raise EnvironmentFailure(
-            "every group of this batch got one reward for all its responses, so none is preferred to another. Take "
-            "more prompts a batch, larger groups, or problems that are sometimes answered right."
-        )
-    return rows.put(pair=rows.group, preferred=best).take(chosen)
+    for _ in range(tries):
+        rows = kit.counted(inner)
+        score, group = rows.score(), rows.by("group")
+        rank = group.rank(score)
+        best, worst = rank == group.count() - 1, rank == 0
+        chosen = (best | worst) & ~group.same(score)
+        if bool(chosen.any()):
+            kit.log("pairs", chosen.double().sum() / 2)
+            return rows.put(pair=rows.group, preferred=best).take(chosen)
+    raise EnvironmentFailure(
+        f"in {tries} batches every group got one reward for all its responses, so none is preferred to another. Take "
+        "more prompts a batch, larger groups, or problems that are sometimes answered right."
+    )
 
 
 @piece(
