@@ -200,7 +200,7 @@ def publish(out: Path, results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=os.environ.get("PEERS", ".venv-peers/bin/python"), help="their python")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/speed-language"))
+    parser.add_argument("--out", type=Path, help="docs/results/speed-language; with --quick, runs/speed-language-quick")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs, by turns")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of one process, after one to warm up")
@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the driver")
     parser.add_argument("--again", action="store_true", help="run works that are in the results too")
     given = parser.parse_args()
+    # Rows of small sizes never lie beside those of full ones.
+    given.out = given.out or Path("runs/speed-language-quick" if given.quick else "docs/results/speed-language")
     folder = load_policy("smollm2").source
     written = given.out / "results.json"
     old = json.loads(written.read_text())["rows"] if written.exists() else []
