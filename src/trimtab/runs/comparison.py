@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.runs.commands import command, options
 from trimtab.core.errors import TrimtabError
 from trimtab.core.method import Method, diff
-from trimtab.runs.experiment import Request, configured, request_of
 from trimtab.report.folder import RunFolder
 from trimtab.report.paired import Run, compared, measured
 from trimtab.report.records import to_json, write_atomic
 from trimtab.report.style import CYCLE
+from trimtab.runs.commands import command, options
+from trimtab.runs.experiment import Request, configured, request_of
 from trimtab.runs.jobs import work
 
 # What a recorded request may differ in without being another run: where it is, what else it writes, how fast it is.

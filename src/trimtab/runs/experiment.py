@@ -12,18 +12,13 @@ from typing import Any
 import torch
 
 from trimtab import __version__
-from trimtab.runs.commands import command, one_budget
 from trimtab.core.batch import Batch
 from trimtab.core.errors import CheckpointError, DiskError, MethodError, TrimtabError
 from trimtab.core.loop import Step, begin, run
 from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
-from trimtab.runs.forecast import disk_notes
 from trimtab.evaluation import Evaluation, Evaluator, answer_length, whole_numbers
-from trimtab.runs.interrupt import interruptible
-from trimtab.runs.limits import check_numbers, check_written
-from trimtab.runs.literals import literal
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
 from trimtab.report.intervals import mean_interval
@@ -31,6 +26,11 @@ from trimtab.report.live import LiveView
 from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
 from trimtab.report.watchers import Watchers
 from trimtab.report.words import about_loss
+from trimtab.runs.commands import command, one_budget
+from trimtab.runs.forecast import disk_notes
+from trimtab.runs.interrupt import interruptible
+from trimtab.runs.limits import check_numbers, check_written
+from trimtab.runs.literals import literal
 from trimtab.runs.salvage import export, saved_if_not_finite, standing
 
 SMALL = ("nano", "tiny")

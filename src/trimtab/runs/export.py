@@ -10,8 +10,8 @@ from typing import Any
 from trimtab.core.errors import TrimtabError
 from trimtab.core.loop import begin
 from trimtab.core.state import checkpoints, load
-from trimtab.runs.experiment import build, request_of
 from trimtab.report.folder import RunFolder
+from trimtab.runs.experiment import build, request_of
 
 
 class ExportError(TrimtabError):

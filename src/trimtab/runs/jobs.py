@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trimtab.runs.commands import command
 from trimtab.core.errors import TrimtabError
+from trimtab.report.words import count, duration, percent
+from trimtab.runs.commands import command
 from trimtab.runs.experiment import Request, resume, train
 from trimtab.runs.interrupt import interruptible
-from trimtab.report.words import count, duration, percent
 
 if TYPE_CHECKING:
     from trimtab.runs.comparison import Job, Plan

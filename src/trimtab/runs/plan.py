@@ -95,7 +95,7 @@ def _planned(made: Experiment) -> dict[str, Any]:
         saving, save_peak = _timed(lambda: save(state, Path(folder), keep=1))
     sizes = scaled(turns, whole, method)
     if request.decisions is not None and not sizes["decisions"]:
-        raise MethodError(f"{method.name} makes no decisions of its own, so decisions={request.decisions} never ends it")
+        raise MethodError(f"{method.name} makes no decisions, so decisions={request.decisions} would never end it")
     phases = predicted(turns, sizes, method, request.memory)
     each = sum(phases.values())
     budget = request.steps if request.decisions is None else math.ceil(request.decisions / sizes["decisions"])
@@ -274,9 +274,7 @@ def _memory_price(turns: Sequence[Turn], name: str, method: Method, memory: int 
     return prices(seen)
 
 
-def held(
-    name: str, sizes: Mapping[str, float], method: Method, memory: int | None, read: float = 1.0
-) -> float:
+def held(name: str, sizes: Mapping[str, float], method: Method, memory: int | None, read: float = 1.0) -> float:
     """Rows in memory at once: of one part of the sampling, or of one forward and backward pass."""
     if name == "collect":
         return min(sizes["rows"], ROWS_AT_ONCE)
@@ -284,9 +282,7 @@ def held(
 
 
 # -- words ---------------------------------------------------------------------------------------------------------
-def _assumed(
-    turns: Sequence[Turn], sizes: Mapping[str, float], whole: int, evaluations: int, saves: int
-) -> list[str]:
+def _assumed(turns: Sequence[Turn], sizes: Mapping[str, float], whole: int, evaluations: int, saves: int) -> list[str]:
     rows = sum(t.sizes["rows"] for t in turns)
     mean = sum(t.sizes["response"] for t in turns) / rows
     read = statistics.fmean(t.read for t in turns)
@@ -301,8 +297,8 @@ def _assumed(
 
 
 _NOTHING = (
-    "No row of the measured turns taught anything, so learning is missing from these figures: their problems are all too "
-    "easy or all too hard for the policy. Try another --seed, or other problems."
+    "No row of the measured turns taught anything, so learning is missing from these figures: their problems are all "
+    "too easy or all too hard for the policy. Try another --seed, or other problems."
 )
 
 

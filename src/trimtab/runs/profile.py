@@ -102,9 +102,7 @@ def tokens_of(batch: Batch) -> dict[str, int]:
     return {"prompt": prompt, "response": int(batch["mask"].sum()), "rows": len(batch)}
 
 
-def phases(
-    turn: Span, counted: Span, turns: int, scale: float, sampled: Mapping[str, float]
-) -> list[dict[str, Any]]:
+def phases(turn: Span, counted: Span, turns: int, scale: float, sampled: Mapping[str, float]) -> list[dict[str, Any]]:
     """The lines of a profile, each of an average turn, parents before what is inside them.
 
     turn: a watch's span of `turns` turns. counted: the same of one turn whose products were counted; `scale` turns them
