@@ -44,6 +44,7 @@ def disk_notes(state: State, folder: Path, keep: int) -> list[str]:
     if needed <= free:
         return []
     return [
-        f"A checkpoint takes about {size_words(each)}, and with keep={keep} the run needs {size_words(needed)} for them "
-        f"while one is written, but {size_words(free)} are free below {folder}. Make room or keep fewer, or a save will fail."
+        f"A checkpoint takes about {size_words(each)}, and with keep={keep} the run needs {size_words(needed)} for "
+        f"them while one is written, but {size_words(free)} are free below {folder}. Make room or keep fewer, or a "
+        f"save will fail."
     ]
