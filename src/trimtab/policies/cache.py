@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-# Keys or values are widened so many at a time (2 MiB in float32): larger temporaries cost more than the products.
-NUMBERS_AT_ONCE = 2**19
+# Keys or values are widened so many at a time (1 MiB in float32): larger temporaries cost more than the products.
+NUMBERS_AT_ONCE = 2**18
 
 
 def settle(before: Tensor) -> Tensor:
@@ -102,6 +104,7 @@ class SharedCache:
             self.table[self.owner, at] = line
             self.at = at
         self.longest = int(self.lengths.max()) if held else 0
+        self.prompt_views = _views(self.prompt[:, :, :held, :, : self.longest])
         beyond = torch.arange(self.longest, device=self.owner.device) >= self.lengths[:, None]
         self.prompt_bias = self._bias(beyond)
         self.oldest = int(self.born.min()) if n else self.time
@@ -118,10 +121,13 @@ class SharedCache:
         self.column = self.time % self.room
         first = self.column - (self.time - self.oldest)
         # A window that goes round is the whole ring.
-        self.window = slice(first, self.column + 1) if first >= 0 else slice(0, self.room)
+        window = slice(first, self.column + 1) if first >= 0 else slice(0, self.room)
+        live = self.said[:, :, : len(self.owner)]
+        self.written = live[:, :, :, :, self.column].unbind()
+        self.said_views = _views(live[:, :, :, :, window])
         self.said_bias = None
         if not self.even or first < 0:
-            columns = torch.arange(self.window.start, self.window.stop, device=self.born.device)
+            columns = torch.arange(window.start, window.stop, device=self.born.device)
             age = (self.column - columns) % self.room
             self.said_bias = self._bias(age > (self.time - self.born)[:, None])
 
@@ -132,24 +138,24 @@ class SharedCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Append this step's key and value `[n, H, w]`; attention of the scaled query `[n, H, g, w]`, like the query.
 
-        One softmax over both parts: `softmax([Q K_prompt', Q K_said']) [V_prompt; V_said]`. All rows of a prompt are one
-        product with its keys and one with its values.
+        One softmax over both parts: `softmax([Q K_prompt', Q K_said']) [V_prompt; V_said]`. All rows of a prompt are
+        one product with its keys and one with its values.
         """
-        n = len(query)
-        said = self.said[layer, :, :n]
-        said[0, :, :, self.column], said[1, :, :, self.column] = key, value
-        keys, values = said[:, :, :, self.window].unbind()
-        prompt = self.prompt[layer, :, : len(self.lengths), :, : self.longest]
-        own = _product(query, keys.transpose(-1, -2))
+        n, heads, groups, _ = query.shape
+        (prompt_keys, prompt_values), (keys, values) = self.prompt_views[layer], self.said_views[layer]
+        self.written[layer][0], self.written[layer][1] = key, value
+        own = _scores(query.flatten(0, 1), keys).view(n, heads, groups, -1)
         if self.said_bias is not None:
             own += self.said_bias
-        shared = _product(self._by_prompt(query), prompt[0].transpose(-1, -2))
+        by_prompt = self._by_prompt(query)
+        shared = _scores(by_prompt.flatten(0, 1), prompt_keys).view(*by_prompt.shape[:3], -1)
         if self.prompt_bias is not None:
             shared += self.prompt_bias
         p = torch.cat([shared, self._by_prompt(own)], -1).softmax(-1)
         shared, own = p.split([self.longest, own.shape[-1]], -1)
-        out = self._by_row(_product(shared, prompt[1]), query.shape[2])
-        return out + _product(self._by_row(own, query.shape[2]), values)
+        out = _mixed(shared.flatten(0, 1), prompt_values).view(*by_prompt.shape)
+        said = _mixed(self._by_row(own, groups).flatten(0, 1), values).view(n, heads, groups, -1)
+        return self._by_row(out, groups) + said
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """`[n, H, g, w]` to `[G, H, R g, w]`."""
@@ -160,9 +166,27 @@ class SharedCache:
         return x if self.table is None else x.unflatten(2, (-1, groups)).transpose(1, 2)[self.owner, self.at]
 
 
-def _product(a: Tensor, held: Tensor) -> Tensor:
-    """`a @ held` in the dtype of `a`."""
-    if held.dtype == a.dtype or held.numel() <= NUMBERS_AT_ONCE:
-        return a @ held.to(a.dtype)
-    rows = max(1, NUMBERS_AT_ONCE // held[0].numel())
-    return torch.cat([a[i : i + rows] @ held[i : i + rows].to(a.dtype) for i in range(0, len(a), rows)])
+def _views(held: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, `[B H, t, w]`, of `[layers, 2, B, H, t, w]`."""
+    keys, values = held.flatten(2, 3).unbind(1)
+    return list(zip(keys.unbind(), values.unbind()))
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """`q k'`, `[b, r, t]` of `[b, r, w]` and `[b, t, w]`, in the dtype of the query."""
+    parts = [q.bmm(k.transpose(1, 2)) for q, k in _widened(query, keys)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mixed(weights: Tensor, values: Tensor) -> Tensor:
+    """`p v`, `[b, r, w]` of `[b, r, t]` and `[b, t, w]`, in the dtype of the weights."""
+    parts = [p.bmm(v) for p, v in _widened(weights, values)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _widened(x: Tensor, held: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in the dtype of `x`, so many batches at a time that the wide copies stay small."""
+    if held.dtype == x.dtype or held.numel() <= NUMBERS_AT_ONCE:
+        return [(x, held.to(x.dtype))]
+    at_once = max(1, NUMBERS_AT_ONCE // held[0].numel())
+    return ((some, wide.to(x.dtype)) for some, wide in zip(x.split(at_once), held.split(at_once)))

@@ -86,7 +86,7 @@ def invert(p: Tensor, slot: Tensor, noise: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the uniform, long `[n]`.
 
     p `[m, V]`, slot long `[n]`, noise `[n]`. First the block of tokens is found from the sums of the blocks, then the
-    token from the cumulative sum inside that block, both in float64: V numbers are read once and no cumulative sum of them is taken.
+    token from the cumulative sum inside that block, both in float64, so none is taken over all V.
     """
     short = -p.shape[1] % BLOCK
     blocks = (F.pad(p, (0, short)) if short else p).unflatten(1, (-1, BLOCK))

@@ -115,7 +115,7 @@ class LlamaDecoder:
         x = self.model.model.embed_tokens(ids)
         turn = self._rotary(x, torch.arange(width, device=device)[None])
         for i, layer in enumerate(self.layers):
-            q, k, v = (part.transpose(1, 2) for part in self._qkv(layer, x, *turn))
+            q, k, v = (part.transpose(1, 2).to(self.dtype) for part in self._qkv(layer, x, *turn))
             held = self.cache.prompt[i, :, slots]
             held[0, :, :, :width], held[1, :, :, :width] = k, v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.groups > 1)
@@ -130,7 +130,7 @@ class LlamaDecoder:
         cache.begin()
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, cos, sin)
-            q = q.reshape(n, self.heads, self.groups, self.width).to(self.wide) * self.scale
+            q = q.unflatten(1, (self.heads, self.groups)) * self.scale
             out = cache.attend(i, q, k, v)
             x = self._rest(layer, x, out.reshape(n, -1).to(self.dtype))
         cache.end()
@@ -150,13 +150,13 @@ class LlamaDecoder:
         return F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps).to(self.dtype)
 
     def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, `[..., heads, w]`, of states `[..., hidden]`."""
+        """Query and key (not rounded yet) and value, `[..., heads, w]`, of states `[..., hidden]`."""
         qkv = layer.qkv(self._norm(x, layer.before_attention)).unflatten(-1, (-1, self.width))
         turned, value = qkv[..., : -self.heads, :].to(cos.dtype), qkv[..., -self.heads :, :]
         if layer.query_norm is not None:
             q, k = turned[..., : -self.heads, :], turned[..., -self.heads :, :]
             turned = torch.cat([self._head_norm(q, layer.query_norm), self._head_norm(k, layer.key_norm)], -2)
-        turned = (turned * cos).addcmul_(turned.roll(self.width // 2, -1), sin).to(self.dtype)
+        turned = (turned * cos).addcmul_(turned.roll(self.width // 2, -1), sin)
         return turned[..., : -self.heads, :], turned[..., -self.heads :, :], value
 
     def _head_norm(self, x: Tensor, norm: Any) -> Tensor:

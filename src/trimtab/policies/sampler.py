@@ -34,6 +34,10 @@ class Rollout:
     logp: Tensor
     finished: Tensor
 
+    def copy(self) -> Rollout:
+        """The same in tensors of its own."""
+        return Rollout(self.tokens.clone(), self.mask.clone(), self.logp.clone(), self.finished.clone())
+
     def cpu(self) -> Rollout:
         """The same on the CPU, where text is decoded and scored."""
         return Rollout(self.tokens.cpu(), self.mask.cpu(), self.logp.cpu(), self.finished.cpu())
@@ -93,7 +97,6 @@ class LocalSampler:
         self.fill = fill
         self.compute = compute
 
-    @torch.no_grad()
     def sample(self, prompts: list[list[int]], copies: int, seeds: Tensor | None, sampling: Sampling) -> Rollout:
         """Responses to every prompt: all `copies` of prompt 0, then of prompt 1, ...; `N = len(prompts) * copies` rows.
 
@@ -108,7 +111,11 @@ class LocalSampler:
         if not sampling.greedy:
             assert seeds is not None
             noise = uniforms(seeds, sampling.new_tokens)
-        return _Sampling(self, prompts, copies, noise, sampling).run()
+        decoder = self.decoder()
+        # A tenth faster than no_grad at one row; the copy is an ordinary tensor again, which autograd may read.
+        with torch.inference_mode():
+            rollout = _Sampling(self, decoder, prompts, copies, noise, sampling).run()
+        return rollout.copy()
 
     def _check(
         self, prompts: list[list[int]], copies: int, seeds: Tensor | None, rows: int, sampling: Sampling
@@ -138,12 +145,15 @@ class _Sampling:
     """
 
     def __init__(
-        self, sampler: LocalSampler, prompts: list[list[int]], copies: int, noise: Tensor | None, sampling: Sampling
-    ) -> None:
-        self.decoder = sampler.decoder()
+        self, sampler: LocalSampler, decoder: Decoder, prompts: list[list[int]], copies: int, noise: Tensor | None,
+        sampling: Sampling,
+    ) -> None:  # fmt: skip
+        self.decoder = decoder
         self.prompts, self.copies, self.how = prompts, copies, sampling
         self.rows = max(copies, min(ROWS_AT_ONCE // copies, len(prompts)) * copies)
-        self.decoder.open(self.rows // copies, self.rows, max(map(len, prompts)), sampling.new_tokens)
+        # Twice as many prompts as fill the rows: of some, only a few copies are still being drawn.
+        self.live = min(2 * self.rows // copies, len(prompts))
+        self.decoder.open(self.live, self.rows, max(map(len, prompts)), sampling.new_tokens)
         self.read = 0  # prompts that were admitted
         logits = self._admit(self.rows // copies)
         self.logits, device = logits, logits.device
@@ -182,7 +192,7 @@ class _Sampling:
         return token, ~ended & (at + 1 < self.how.new_tokens)
 
     def _advance(self, token: Tensor, stays: Tensor) -> None:
-        """Let the decoder read what the living samples said, each distinct past once, moving as few rows as possible."""
+        """Let the decoder read what the living samples said, each distinct past once, and few rows move."""
         held, alone = len(self.logits), len(self.alive) == len(self.logits)
         if not (alone and bool(stays.all())):
             self.alive, before, token = self.alive[stays], self.slot[stays], token[stays]
@@ -203,13 +213,15 @@ class _Sampling:
 
     def _fill(self) -> None:
         """Admit waiting prompts, all copies of each, when none is alive or a quarter of the rows is free."""
-        free, living = self.rows - len(self.alive), len(self.alive)
-        enough = not living or (self.decoder.joins and 4 * free >= self.rows and free >= self.copies)
-        if self.read == len(self.prompts) or not enough:
+        living, free = len(self.alive), self.rows - len(self.alive)
+        if self.read == len(self.prompts) or (living and (not self.decoder.joins or 4 * free < self.rows)):
+            return
+        room = min(free // self.copies, self.live - len((self.alive // self.copies).unique()))
+        if room == 0:
             return
         first = self.read * self.copies
         held = len(self.logits) if living else 0
-        logits = self._admit(free // self.copies)
+        logits = self._admit(room)
         new = torch.arange(first, self.read * self.copies, device=logits.device)
         self.alive = torch.cat([self.alive, new])
         self.slot = torch.cat([self.slot, held + (new - first) // self.copies])
