@@ -152,7 +152,7 @@ class _Sampling:
         self.prompts, self.copies, self.how = prompts, copies, sampling
         self.rows = max(copies, min(ROWS_AT_ONCE // copies, len(prompts)) * copies)
         # Twice as many prompts as fill the rows: of some, only a few copies are still being drawn.
-        self.live = min(2 * self.rows // copies, len(prompts))
+        self.live = min(2 * self.rows // copies, self.rows, len(prompts))
         self.decoder.open(self.live, self.rows, max(map(len, prompts)), sampling.new_tokens)
         self.read = 0  # prompts that were admitted
         logits = self._admit(self.rows // copies)
