@@ -42,7 +42,10 @@ def test_published_rows_are_of_the_claim_and_their_verdicts_follow(name: str) ->
 
 @pytest.mark.parametrize("name", claims())
 def test_the_page_counts_verdicts_rightly(name: str) -> None:
-    found = [r["verdict"] for r in rows(name) if r["scope"] == "mechanism"]
+    found, full = ([r["verdict"] for r in rows(name) if r["scope"] == scope] for scope in ("mechanism", "full"))
     (line,) = [x for x in (FOLDER / "README.md").read_text().splitlines() if x.startswith(f"| [{name}]")]
     said = [int(n) for n in re.findall(r"\| (\d+)", line)]
     assert said == [found.count(v) for v in ("holds", "does not hold", "inconclusive")]
+    on_tiny = {v: int(n) for v, n in re.findall(r"(holds|does not hold|inconclusive): (\d+)", line.split("|")[-2])}
+    assert on_tiny == {v: full.count(v) for v in on_tiny}
+    assert sum(on_tiny.values()) == len(full) > 0

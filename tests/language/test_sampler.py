@@ -9,9 +9,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from trimtab.core.batch import Batch
 from trimtab.policies.builtin import character_tokenizer, load_policy
 from trimtab.policies.decoders import ModuleDecoder
+from trimtab.policies.draws import draw, narrow, uniforms
 from trimtab.policies.language import LanguagePolicy
 from trimtab.policies.llama_decoder import LlamaDecoder
-from trimtab.policies.sampler import LocalSampler, Rollout, Sampling, SamplingError, draw, narrow, pad_left, uniforms
+from trimtab.policies.sampler import LocalSampler, Rollout, Sampling, SamplingError, pad_left
 
 PROMPTS = ["3 + 4 =", "a", "what is nine times nine?"]
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from trimtab.policies.sampler import pad_left
+
 
 def weight_of(layer: Any) -> Tensor:
     """The matrix a linear layer multiplies by, `[out, in]`, with its low-rank adapters added in."""
@@ -64,6 +66,8 @@ class ModuleDecoder:
     model: a transformers causal model. autocast: run its forward in bfloat16, on a `Twin` of it.
     """
 
+    joins = False  # a transformers cache has one length for all rows
+
     def __init__(self, model: Any, autocast: bool = False) -> None:
         self.twin = Twin(model) if autocast else None
         self.model = self.twin.model if self.twin else model
@@ -76,12 +80,16 @@ class ModuleDecoder:
         if self.twin:
             self.twin.refresh()
 
-    def start(self, prompts: Tensor, mask: Tensor, room: int) -> Tensor:
+    def open(self, prompts: int, rows: int, length: int, room: int) -> None:
+        """Nothing to prepare: transformers' cache grows as it is filled."""
+
+    def admit(self, prompts: list[list[int]]) -> Tensor:
         self.cache = DynamicCache(config=self.model.config)
         device = next(self.model.parameters()).device
-        prompts, self.mask = prompts.to(device), mask.to(device).long()
+        ids, mask = (x.to(device) for x in pad_left(prompts, 0))
+        self.mask = mask.long()
         self.place = self.mask.sum(1, keepdim=True)  # where the next token goes
-        return self._forward(prompts, (self.mask.cumsum(1) - 1).clamp_min(0))
+        return self._forward(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)

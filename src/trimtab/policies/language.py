@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.batch import Batch
-from trimtab.core.errors import nearest
+from trimtab.core.errors import TrimtabWarning, nearest
 from trimtab.core.stopwatch import timed
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
@@ -255,8 +256,15 @@ class LanguagePolicy(nn.Module):
         working, stamp = self._working, _stamp(self.model.parameters())
         if working.decoder is None or working.device != self.device:
             working.device = self.device
-            kind = LlamaDecoder if LlamaDecoder.fits(self.causal) else ModuleDecoder
-            working.decoder = kind(self.causal, self.autocast)
+            fits = LlamaDecoder.fits(self.causal)
+            if not fits:
+                warnings.warn(
+                    f"{self.name!r} is a {type(self.causal).__name__}, which is sampled through transformers' own "
+                    "forward: the same answers, more slowly than a plain Llama, Mistral, Qwen2 or Qwen3",
+                    TrimtabWarning,
+                    stacklevel=2,
+                )
+            working.decoder = (LlamaDecoder if fits else ModuleDecoder)(self.causal, self.autocast)
         elif working.touched or stamp != working.stamp:
             working.decoder.refresh()
         working.stamp, working.touched = stamp, False
@@ -293,7 +301,7 @@ class LanguagePolicy(nn.Module):
         return plain
 
     def describe(self) -> dict[str, Any]:
-        """What a run writes down: name, source, parameters, trainable, dtype, compute, lora, chat."""
+        """What a run writes down: name, source, parameters, trainable, dtype, compute, decoder, lora, chat."""
         parameters = list(self.model.parameters())
         return {
             "name": self.name,
@@ -302,6 +310,7 @@ class LanguagePolicy(nn.Module):
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "dtype": str(self.wide).removeprefix("torch."),
             "compute": "bfloat16" if self.autocast else str(self.wide).removeprefix("torch."),
+            "decoder": "fused" if LlamaDecoder.fits(self.causal) else "transformers",
             "lora": self.lora,
             "chat": self.chat,
         }
