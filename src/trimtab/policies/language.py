@@ -17,10 +17,12 @@ from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.batch import Batch
 from trimtab.core.errors import nearest
+from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
+from trimtab.policies.readout import Readout
 from trimtab.policies.sampler import LocalSampler
-from trimtab.policies.view import PolicyError, View
+from trimtab.policies.view import PolicyError, Reading, View
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -60,6 +62,8 @@ class LanguagePolicy(nn.Module):
         self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide, self.context)
         self._working = _Working()
         self._plain_head: bool | None = None
+        self._packs: bool | None = None
+        self.reading = Reading()
         self._left_out = _left_out(self)
         self.register_state_dict_post_hook(_drop_left_out)
         self.register_load_state_dict_post_hook(_forgive_left_out)
@@ -142,7 +146,7 @@ class LanguagePolicy(nn.Module):
         """What is wanted of the view's `M` decisions."""
         head, out = self._head(view.prompt), {}
         if head is not None or want == {"hidden"}:
-            states = self._states(view)[view.picked]
+            states = self._states(view)
         else:
             inputs, last = self._inputs(view.ids, view.attend_all), view.picked.shape[1]
             got = self.causal(**inputs, **_last_logits(self.causal, last), output_hidden_states="hidden" in want)
@@ -157,19 +161,27 @@ class LanguagePolicy(nn.Module):
         return out
 
     def _states(self, view: View) -> Tensor:
-        """The last hidden state before each decision, `[n, last, H]`. A prompt that rows share is read once."""
+        """The last hidden state before each decision, `[M, H]`. A prompt that rows share is read once."""
+        if self._packs is None:
+            self._packs = self.device.type == "cpu" and packing.fits(self.causal, self.fill)
+        if self._packs:
+            packed = packing.pack(view, getattr(self.causal.config, "num_attention_heads", 1))
+            self.reading.count(len(packed.ids), len(packed.ids))
+            return packing.states(self.causal, packed)[packed.state[view.picked]]
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
         cache = DynamicCache(config=self.causal.config)
         if len(prompts) == len(owner) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:]
+            self.reading.count(int(view.lengths.sum() + view.attend.sum()), view.ids.numel())
+            return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:][view.picked]
         attend, ids = prompts >= 0, prompts.clamp_min(0)
+        self.reading.count(int(view.lengths.sum() + attend.sum()), view.action.numel() + ids.numel())
         read = trunk(**self._inputs(ids, attend, cache)).last_hidden_state[:, -1:][owner]
-        if last == 1:
-            return read
-        cache.batch_select_indices(owner)
-        rest = trunk(**self._inputs(view.action, view.attend_all, cache)).last_hidden_state
-        return torch.cat([read, rest], 1)
+        if last > 1:
+            cache.batch_select_indices(owner)
+            rest = trunk(**self._inputs(view.action, view.attend_all, cache)).last_hidden_state
+            read = torch.cat([read, rest], 1)
+        return read[view.picked]
 
     def _inputs(self, ids: Tensor, attend: Tensor, cache: DynamicCache | None = None) -> dict[str, Any]:
         """Arguments of a forward over `ids`, the last places of `attend`."""
@@ -179,7 +191,7 @@ class LanguagePolicy(nn.Module):
         if not attend.all():
             # Without a mask attention takes its faster causal path.
             inputs["attention_mask"] = attend.long()
-        if "position_ids" in inspect.signature(self.causal.forward).parameters:
+        if packing.has_places(self.causal):
             inputs["position_ids"] = (attend.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return inputs
 
@@ -187,6 +199,10 @@ class LanguagePolicy(nn.Module):
         self, head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, inverse: Tensor | None, entropy: bool
     ) -> dict[str, Tensor]:
         """Log-probability (and entropy) of `M` decisions from the states before them, some tokens at a time."""
+        if type(head) is nn.Linear:
+            narrow = torch.bfloat16 if self.autocast else self.wide
+            logp, h = Readout.apply(states, head.weight, head.bias, tokens, inverse, narrow, entropy)
+            return {"logp": logp, "entropy": h} if entropy else {"logp": logp}
 
         def part(x: Tensor, token: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
             logits = head(x).to(self.wide)
