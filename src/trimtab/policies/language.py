@@ -21,6 +21,7 @@ from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
 from trimtab.policies.readout import Readout
+from trimtab.policies.recompute import can_recompute, recomputed
 from trimtab.policies.sampler import LocalSampler
 from trimtab.policies.view import PolicyError, Reading, View
 
@@ -36,7 +37,8 @@ class LanguagePolicy(nn.Module):
     """A causal language model of transformers (or peft around one), its tokenizer, and a sampler of its own.
 
     model: parameters in float32 (float64 for exact tests). compute: bfloat16 runs the forward under autocast, else
-    the parameters' dtype. chat: whether `encode` puts a plain string into the tokenizer's chat template.
+    the parameters' dtype. chat: whether `encode` puts a plain string into the tokenizer's chat template. checkpointing:
+    layers are computed again in the backward. `reading` counts what the layers have read, and the padding in it.
 
     `state_dict` holds what can learn: every parameter (tied ones once), or the adapter alone where there is one.
     Dropout stays off in `train()` too: a log-probability that changes between two readings breaks every ratio.
@@ -45,8 +47,9 @@ class LanguagePolicy(nn.Module):
     provides: frozenset[str] = frozenset({"logp", "entropy", "hidden"})
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False
-    ) -> None:
+        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False,
+        checkpointing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if chat and not getattr(tokenizer, "chat_template", None):
             raise PolicyError(f"chat=True, but the tokenizer of {name!r} has no chat template; give chat=False")
@@ -55,6 +58,11 @@ class LanguagePolicy(nn.Module):
         self.name = name
         self.source = source
         self.chat = chat
+        self.checkpointing = checkpointing
+        if checkpointing and not can_recompute(self.causal):
+            raise PolicyError(
+                f"checkpointing=True, but {name!r} has no layers that can be computed again; leave it out"
+            )
         self.autocast = compute == torch.bfloat16
         self.wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self.ends = _ends(self.causal, tokenizer)
@@ -138,7 +146,8 @@ class LanguagePolicy(nn.Module):
             tail = {"hidden": (self.causal.config.get_text_config().hidden_size,)}
             n, t = batch["mask"].shape
             return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=self.wide, device=self.device) for name in want}
-        with self._narrow(), self._attention(view):
+        again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
+        with self._narrow(), self._attention(view), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
 
@@ -171,7 +180,8 @@ class LanguagePolicy(nn.Module):
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
         cache = DynamicCache(config=self.causal.config)
-        if len(prompts) == len(owner) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        whole = len(prompts) == len(owner) or self.checkpointing  # a cache cannot be filled twice
+        if whole or any(type(layer) is not DynamicLayer for layer in cache.layers):
             self.reading.count(int(view.lengths.sum() + view.attend.sum()), view.ids.numel())
             return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:][view.picked]
         attend, ids = prompts >= 0, prompts.clamp_min(0)
@@ -240,25 +250,17 @@ class LanguagePolicy(nn.Module):
     def _narrow(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _attention(self, view: View) -> Iterator[None]:
+    def _attention(self, view: View) -> contextlib.AbstractContextManager[None]:
         """On a CPU, short rows that need a gradient are read with plain products.
 
         The fused kernel's bfloat16 backward takes seven times as long at 20 tokens; it pays when the scores grow big.
         """
         config = self.causal.config
         scores = view.ids.numel() * view.ids.shape[1] * getattr(config, "num_attention_heads", 1)
-        kind = config._attn_implementation
         small = torch.is_grad_enabled() and scores <= SCORES_AT_ONCE
         # Not in float64: the plain softmax of transformers is float32 whatever the model is.
-        plain = small and kind == "sdpa" and self.device.type == "cpu" and self.wide == torch.float32
-        if plain:
-            self.causal.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            if plain:
-                self.causal.set_attn_implementation(kind)
+        plain = config._attn_implementation == "sdpa" and self.device.type == "cpu" and self.wide == torch.float32
+        return packing.attending(self.causal, "eager" if small and plain else config._attn_implementation)
 
     # -- sampling -----------------------------------------------------------------------------------------------
     def touch(self) -> None:

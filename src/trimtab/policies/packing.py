@@ -6,6 +6,7 @@ together. A `Packed` row says that in `Block`s, and `attention`, registered with
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def pack(view: View, heads: int) -> Packed:
     places = [torch.arange(len(s)) for s in whole] + [sizes[o] + torch.arange(len(r)) for o, r in zip(owners, rows)]
     first = torch.tensor([whole[o].stop - 1 for o in owners], device=said.device)
     begin = torch.tensor([r.start for r in rows], device=said.device)
-    state = torch.where(place == 0, first[:, None], (begin[:, None] + place - 1)).masked_fill(place > lengths[:, None], 0)
+    state = torch.where(place == 0, first[:, None], (begin[:, None] + place - 1)).masked_fill(
+        place > lengths[:, None], 0
+    )
     groups: dict[int, list[range]] = {}
     for o, r in zip(owners, rows):
         groups.setdefault(o, []).append(r)
@@ -95,14 +98,23 @@ def pack(view: View, heads: int) -> Packed:
 
 def states(model: Any, packed: Packed) -> Tensor:
     """The last hidden state of each token of a packed row, `[S, H]`, by the model's own forward."""
-    kind = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    ids, places = packed.ids[None], packed.places[None]
+    with attending(model, ATTENTION):
+        return model.base_model(input_ids=ids, position_ids=places, use_cache=False, packed=packed).last_hidden_state[0]
+
+
+@contextlib.contextmanager
+def attending(model: Any, kind: str) -> Iterator[None]:
+    """With this attention implementation for the time being."""
+    before = model.config._attn_implementation
+    if kind == before:
+        yield
+        return
+    model.set_attn_implementation(kind)
     try:
-        ids, places = packed.ids[None], packed.places[None]
-        got = model.base_model(input_ids=ids, position_ids=places, use_cache=False, packed=packed)
-        return got.last_hidden_state[0]
+        yield
     finally:
-        model.set_attn_implementation(kind)
+        model.set_attn_implementation(before)
 
 
 @torch.no_grad()
