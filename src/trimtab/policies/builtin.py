@@ -228,6 +228,7 @@ def _narrow_frozen(model: nn.Module) -> None:
 
     A bfloat16 checkpoint loses nothing. The adapter's input goes to autocast as it is, not through float32.
     """
+    layer: Any
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
         if not isinstance(base, nn.Linear) or base.weight.requires_grad:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at once, 32 MiB in float32: less, and the product with the states is slow; more, and it leaves the cache.
+# Logits that exist at once, 32 MiB in float32. With fewer the product is slow, with more they leave the cache.
 LOGITS_AT_ONCE = 2**23
 # Their gradients, in the dtype of the products: one product with the states for so many (64 MiB in bfloat16).
 SLOPES_AT_ONCE = 2**25

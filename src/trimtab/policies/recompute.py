@@ -27,7 +27,7 @@ def recomputed(model: Any) -> Iterator[None]:
         return contextlib.nullcontext(), attending(model, model.config._attn_implementation)
 
     for layer in layers if torch.is_grad_enabled() else []:
-        layer.forward = partial(  # type: ignore[method-assign]
+        layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
     try:
