@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,10 @@ def pack(view: View, heads: int) -> Packed:
     groups: dict[int, list[range]] = {}
     for o, r in zip(owners, rows):
         groups.setdefault(o, []).append(r)
-    bundles = [b for o, held in groups.items() for b in _bundles(whole[o], held, heads)]
-    blocks = [_block(part, len(ids), said.device) for part in _merged(bundles, heads)]
+    limit = max(1, SCORES_AT_ONCE // heads)
+    bundles = [b for o, held in groups.items() for b in _bundles(whole[o], held, limit)]
+    bundles.sort(key=lambda b: b.shape)
+    blocks = [_block(part, len(ids), said.device) for part in _alike(bundles, limit)]
     return Packed(ids, torch.cat(places).to(said.device), state, tuple(blocks))
 
 
@@ -123,9 +125,9 @@ def fits(model: Any, token: int) -> bool:
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers) or not has_places(model):
         return False
-    device = next(model.parameters()).device
-    prompt = torch.tensor([[token, token + 1]] * 2, device=device)
-    said = torch.tensor([[token + 1, token + 1, token], [token, token, token + 1]], device=device)
+    device, other = next(model.parameters()).device, int(token == 0)
+    prompt = torch.tensor([[token, other]] * 2, device=device)
+    said = torch.tensor([[other, other, token], [token, token, other]], device=device)
     yes = torch.ones_like(said, dtype=torch.bool)
     two = torch.arange(2, device=device)
     packed = pack(View(prompt, yes[:, :2], said, yes, None, two, two, (2, 3)), 1)
@@ -153,47 +155,34 @@ def _spans(sizes: Sequence[int]) -> list[range]:
     return out
 
 
-def _bundles(prompt: range, rows: list[range], heads: int) -> Iterator[Bundle]:
+def _bundles(prompt: range, rows: list[range], limit: int) -> Iterator[Bundle]:
     """A prompt in tiles, then its responses: the first tiles of all together, later ones each alone."""
     for i in range(0, len(prompt), TILE):
         yield Bundle(tuple(prompt[:i]), (prompt[i : i + TILE],))
-    first = sorted((r[:TILE] for r in rows if len(r)), key=len)
-    limit = max(1, SCORES_AT_ONCE // heads)
-    for part in _cut(first, lambda r: Bundle(tuple(prompt), tuple(r)), limit):
-        yield Bundle(tuple(prompt), tuple(part))
+    before = tuple(prompt)
+    first = [Bundle(before, (r[:TILE],)) for r in sorted(rows, key=len) if len(r)]
+    for part in _alike(first, limit):
+        yield Bundle(before, tuple(bundle.spans[0] for bundle in part))
     for r in rows:
         for i in range(TILE, len(r), TILE):
-            yield Bundle((*prompt, *r[:i]), (r[i : i + TILE],))
+            yield Bundle((*before, *r[:i]), (r[i : i + TILE],))
 
 
-def _cut(items: list[Any], make: Callable[[list[Any]], Bundle], limit: int) -> Iterator[list[Any]]:
-    part: list[Any] = []
-    for item in items:
-        if part and not _fit([make([*part, item])], limit):
-            yield part
-            part = []
-        part.append(item)
-    if part:
-        yield part
-
-
-def _merged(bundles: list[Bundle], heads: int) -> Iterator[list[Bundle]]:
-    """Bundles of about one shape together."""
+def _alike(bundles: list[Bundle], limit: int) -> Iterator[list[Bundle]]:
+    """Cut sorted bundles into blocks: little padding in each, and at most `limit` scores of a head."""
     part: list[Bundle] = []
-    for bundle in sorted(bundles, key=lambda b: b.shape):
-        if part and not _fit([*part, bundle], max(1, SCORES_AT_ONCE // heads)):
+    shape, true = (0, 0, 0), 0
+    for bundle in bundles:
+        spans, longest, before = (max(sizes) for sizes in zip(shape, bundle.shape))
+        padded = (len(part) + 1) * spans * longest * (longest + before)
+        if part and padded > min(limit, max(FEW, WASTE * (true + bundle.scores))):
             yield part
-            part = []
+            part, true = [], 0
+            spans, longest, before = bundle.shape
         part.append(bundle)
+        shape, true = (spans, longest, before), true + bundle.scores
     if part:
         yield part
-
-
-def _fit(bundles: list[Bundle], limit: int) -> bool:
-    """Whether these may be one block: little padding, and not too many scores at once."""
-    spans, longest, before = (max(sizes) for sizes in zip(*(b.shape for b in bundles)))
-    padded = len(bundles) * spans * longest * (longest + before)
-    return padded <= limit and padded <= max(FEW, WASTE * sum(b.scores for b in bundles))
 
 
 def _block(bundles: list[Bundle], end: int, device: torch.device) -> Block:
