@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.language.test_policy import ragged
+from tests.language.test_policy import PROMPTS, ragged
 from trimtab.core.batch import Batch
 from trimtab.policies import packing
 from trimtab.policies.builtin import _narrow_frozen, character_tokenizer, load_policy
@@ -107,16 +107,26 @@ def test_values_and_gradients_are_those_of_rows_read_alone(kind: str, checkpoint
     assert not any("forward" in vars(m) for m in policy.model.modules())
     if policy._packs:
         assert policy.reading.padding == 0
-        lengths = [8, 0, 4, 1, 6, 5, 2, 0]
-        assert policy.reading.tokens == sum(lengths) + sum(len(policy.encode(p)) for p in _prompts())
+        assert policy.reading.tokens == _tokens(policy)
     else:
         assert 0 < policy.reading.padding < 1
 
 
-def _prompts() -> list[str]:
-    from tests.language.test_policy import PROMPTS
+def _tokens(policy: LanguagePolicy) -> int:
+    """Each prompt of `grouped` once, and of each response what comes before its last decision."""
+    return sum(len(policy.encode(p)) for p in PROMPTS[:3]) + sum([8, 0, 4, 1, 6, 5, 2, 0])
 
-    return PROMPTS[:3]
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_policies_pack_too(dtype: str, lora: int) -> None:
+    """Whether rows may be packed is asked in float32: bfloat16 rounds away the difference."""
+    policy = load_policy("nano", dtype=dtype, lora=lora)
+    batch = grouped(policy)
+    exact = load_policy("nano", dtype="float64", lora=lora).evaluate(batch, {"logp"})["logp"]
+    now = policy.evaluate(batch, {"logp"})["logp"]
+    assert policy.reading.places == policy.reading.tokens == _tokens(policy)
+    torch.testing.assert_close(now.double(), exact, rtol=0, atol=1e-4 if dtype == "float32" else 0.3)
 
 
 @pytest.mark.parametrize(("tile", "scores"), [(2, 2**23), (3, 64), (256, 1), (256, 600)])

@@ -78,12 +78,13 @@ def load_policy(
         model = _adapt(model, lora, seed, source)
     if chat is None:
         chat = _default_chat(spec, tokenizer)
-    if compute == torch.bfloat16:
-        _narrow_frozen(model)
     name = spec if spec in BUILTIN else Path(spec).name
-    return LanguagePolicy(
+    policy = LanguagePolicy(
         model.to(place), tokenizer, name=name, source=source, compute=compute, chat=chat, checkpointing=checkpointing
     )
+    if compute == torch.bfloat16:
+        _narrow_frozen(policy.model)
+    return policy
 
 
 def cache_folder() -> Path:

@@ -70,7 +70,7 @@ class LanguagePolicy(nn.Module):
         self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide, self.context)
         self._working = _Working()
         self._plain_head: bool | None = None
-        self._packs: bool | None = None
+        self._packs = packing.fits(self.causal, self.fill)
         self.reading = Reading()
         self._left_out = _left_out(self)
         self.register_state_dict_post_hook(_drop_left_out)
@@ -171,9 +171,7 @@ class LanguagePolicy(nn.Module):
 
     def _states(self, view: View) -> Tensor:
         """The last hidden state before each decision, `[M, H]`. A prompt that rows share is read once."""
-        if self._packs is None:
-            self._packs = self.device.type == "cpu" and packing.fits(self.causal, self.fill)
-        if self._packs:
+        if self._packs and self.device.type == "cpu":
             packed = packing.pack(view, getattr(self.causal.config, "num_attention_heads", 1))
             self.reading.count(len(packed.ids), len(packed.ids))
             return packing.states(self.causal, packed)[packed.state[view.picked]]
