@@ -44,6 +44,8 @@ class Setting:
     """Rank of a low-rank adapter; 0 trains all parameters."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """How the forward pass computes; parameters stay float32."""
+    checkpointing: bool = False
+    """Compute each layer again in the backward: less memory for long texts, a third more time."""
     chat: bool | None = None
     """Put prompts into the chat template (default: if the tokenizer has one)."""
     reward: str | None = None

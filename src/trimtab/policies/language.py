@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from transformers.cache_utils import DynamicLayer
 from trimtab.core.batch import Batch
 from trimtab.core.errors import TrimtabWarning, nearest
 from trimtab.core.stopwatch import timed
+from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.llama_decoder import LlamaDecoder
+from trimtab.policies.readout import Readout
+from trimtab.policies.recompute import can_recompute, recomputed
 from trimtab.policies.sampler import LocalSampler
-from trimtab.policies.view import PolicyError, View
+from trimtab.policies.view import PolicyError, Reading, View
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -36,7 +39,8 @@ class LanguagePolicy(nn.Module):
     """A causal language model of transformers (or peft around one), its tokenizer, and a sampler of its own.
 
     model: parameters in float32 (float64 for exact tests). compute: bfloat16 runs the forward under autocast, else
-    the parameters' dtype. chat: whether `encode` puts a plain string into the tokenizer's chat template.
+    the parameters' dtype. chat: whether `encode` puts a plain string into the tokenizer's chat template. checkpointing:
+    layers are computed again in the backward. `reading` counts what the layers have read, and the padding in it.
 
     `state_dict` holds what can learn: every parameter (tied ones once), or the adapter alone where there is one.
     Dropout stays off in `train()` too: a log-probability that changes between two readings breaks every ratio.
@@ -45,8 +49,9 @@ class LanguagePolicy(nn.Module):
     provides: frozenset[str] = frozenset({"logp", "entropy", "hidden"})
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False
-    ) -> None:
+        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False,
+        checkpointing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if chat and not getattr(tokenizer, "chat_template", None):
             raise PolicyError(f"chat=True, but the tokenizer of {name!r} has no chat template; give chat=False")
@@ -55,6 +60,11 @@ class LanguagePolicy(nn.Module):
         self.name = name
         self.source = source
         self.chat = chat
+        self.checkpointing = checkpointing
+        if checkpointing and not can_recompute(self.causal):
+            raise PolicyError(
+                f"checkpointing=True, but {name!r} has no layers that can be computed again; leave it out"
+            )
         self.autocast = compute == torch.bfloat16
         self.wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self.ends = _ends(self.causal, tokenizer)
@@ -62,6 +72,8 @@ class LanguagePolicy(nn.Module):
         self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide, self.context)
         self._working = _Working()
         self._plain_head: bool | None = None
+        self._packs = packing.fits(self.causal, self.fill)
+        self.reading = Reading()
         self._left_out = _left_out(self)
         self.register_state_dict_post_hook(_drop_left_out)
         self.register_load_state_dict_post_hook(_forgive_left_out)
@@ -136,7 +148,8 @@ class LanguagePolicy(nn.Module):
             tail = {"hidden": (self.causal.config.get_text_config().hidden_size,)}
             n, t = batch["mask"].shape
             return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=self.wide, device=self.device) for name in want}
-        with self._narrow(), self._attention(view):
+        again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
+        with self._narrow(), self._attention(view), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
 
@@ -144,7 +157,7 @@ class LanguagePolicy(nn.Module):
         """What is wanted of the view's `M` decisions."""
         head, out = self._head(view.prompt), {}
         if head is not None or want == {"hidden"}:
-            states = self._states(view)[view.picked]
+            states = self._states(view)
         else:
             inputs, last = self._inputs(view.ids, view.attend_all), view.picked.shape[1]
             got = self.causal(**inputs, **_last_logits(self.causal, last), output_hidden_states="hidden" in want)
@@ -159,19 +172,26 @@ class LanguagePolicy(nn.Module):
         return out
 
     def _states(self, view: View) -> Tensor:
-        """The last hidden state before each decision, `[n, last, H]`. A prompt that rows share is read once."""
+        """The last hidden state before each decision, `[M, H]`. A prompt that rows share is read once."""
+        if self._packs and self.device.type == "cpu":
+            packed = packing.pack(view, getattr(self.causal.config, "num_attention_heads", 1))
+            self.reading.count(len(packed.ids), len(packed.ids))
+            return packing.states(self.causal, packed)[packed.state[view.picked]]
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
         cache = DynamicCache(config=self.causal.config)
-        if len(prompts) == len(owner) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:]
+        whole = len(prompts) == len(owner) or self.checkpointing  # a cache cannot be filled twice
+        if whole or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            self.reading.count(int(view.lengths.sum() + view.attend.sum()), view.ids.numel())
+            return trunk(**self._inputs(view.ids, view.attend_all)).last_hidden_state[:, -last:][view.picked]
         attend, ids = prompts >= 0, prompts.clamp_min(0)
+        self.reading.count(int(view.lengths.sum() + attend.sum()), view.action.numel() + ids.numel())
         read = trunk(**self._inputs(ids, attend, cache)).last_hidden_state[:, -1:][owner]
-        if last == 1:
-            return read
-        cache.batch_select_indices(owner)
-        rest = trunk(**self._inputs(view.action, view.attend_all, cache)).last_hidden_state
-        return torch.cat([read, rest], 1)
+        if last > 1:
+            cache.batch_select_indices(owner)
+            rest = trunk(**self._inputs(view.action, view.attend_all, cache)).last_hidden_state
+            read = torch.cat([read, rest], 1)
+        return read[view.picked]
 
     def _inputs(self, ids: Tensor, attend: Tensor, cache: DynamicCache | None = None) -> dict[str, Any]:
         """Arguments of a forward over `ids`, the last places of `attend`."""
@@ -181,7 +201,7 @@ class LanguagePolicy(nn.Module):
         if not attend.all():
             # Without a mask attention takes its faster causal path.
             inputs["attention_mask"] = attend.long()
-        if "position_ids" in inspect.signature(self.causal.forward).parameters:
+        if packing.has_places(self.causal):
             inputs["position_ids"] = (attend.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return inputs
 
@@ -189,6 +209,10 @@ class LanguagePolicy(nn.Module):
         self, head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, inverse: Tensor | None, entropy: bool
     ) -> dict[str, Tensor]:
         """Log-probability (and entropy) of `M` decisions from the states before them, some tokens at a time."""
+        if type(head) is nn.Linear:
+            narrow = torch.bfloat16 if self.autocast else self.wide
+            logp, h = Readout.apply(states, head.weight, head.bias, tokens, inverse, narrow, entropy)
+            return {"logp": logp, "entropy": h} if entropy else {"logp": logp}
 
         def part(x: Tensor, token: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
             logits = head(x).to(self.wide)
@@ -226,25 +250,17 @@ class LanguagePolicy(nn.Module):
     def _narrow(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _attention(self, view: View) -> Iterator[None]:
+    def _attention(self, view: View) -> contextlib.AbstractContextManager[None]:
         """On a CPU, short rows that need a gradient are read with plain products.
 
         The fused kernel's bfloat16 backward takes seven times as long at 20 tokens; it pays when the scores grow big.
         """
         config = self.causal.config
         scores = view.ids.numel() * view.ids.shape[1] * getattr(config, "num_attention_heads", 1)
-        kind = config._attn_implementation
         small = torch.is_grad_enabled() and scores <= SCORES_AT_ONCE
         # Not in float64: the plain softmax of transformers is float32 whatever the model is.
-        plain = small and kind == "sdpa" and self.device.type == "cpu" and self.wide == torch.float32
-        if plain:
-            self.causal.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            if plain:
-                self.causal.set_attn_implementation(kind)
+        plain = config._attn_implementation == "sdpa" and self.device.type == "cpu" and self.wide == torch.float32
+        return packing.attending(self.causal, "eager" if small and plain else config._attn_implementation)
 
     # -- sampling -----------------------------------------------------------------------------------------------
     def touch(self) -> None:

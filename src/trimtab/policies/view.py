@@ -16,6 +16,23 @@ class PolicyError(TrimtabError):
     """A policy cannot be loaded, or is asked for what it cannot give."""
 
 
+@dataclass
+class Reading:
+    """What a policy's layers have read: `tokens`, and the `places` they took with padding. Add up until reset."""
+
+    tokens: int = 0
+    places: int = 0
+
+    def count(self, tokens: int, places: int) -> None:
+        self.tokens += tokens
+        self.places += places
+
+    @property
+    def padding(self) -> float:
+        """Share of the places that were padding, 0 when nothing was read."""
+        return 1 - self.tokens / max(self.places, 1) if self.places else 0.0
+
+
 @dataclass(frozen=True)
 class View:
     """`u` distinct rows that hold a decision, `P` prompt places that any of them uses, `last` decision places likewise.
@@ -66,6 +83,12 @@ class View:
     def action(self) -> Tensor:
         """Response tokens that are read: nothing follows the last one."""
         return self.said[:, :-1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many response tokens each row reads, `[u]`: the last decision is predicted, not read."""
+        place = torch.arange(1, self.picked.shape[1] + 1, device=self.picked.device)
+        return (place * self.picked).amax(1) - 1
 
     @property
     def ids(self) -> Tensor:

@@ -43,9 +43,9 @@ class Request:
     steps: turns of the loop. decisions: instead of steps, stop after the first turn that reaches this many decisions of
     our policy; schedules follow. set: `piece.option=value` pairs. rows, passes: rows per update and passes over a batch
     (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between evaluations and
-    checkpoints. eval_env: another environment to be held out on, with the same reward and prompt. eval_samples, eval_k
-    ("1,4"), eval_temperature: see `Evaluator`. keep: checkpoints kept. threads: 0 chooses.
-    tensorboard: also write event files.
+    checkpoints. checkpointing: see `load_policy`. eval_env: another environment to be held out on, with the same reward
+    and prompt. eval_samples, eval_k ("1,4"), eval_temperature: see `Evaluator`. keep: checkpoints kept. threads: 0
+    chooses. tensorboard: also write event files.
 
     Raises TrimtabError for a count that cannot be, and for options of the evaluation that contradict each other.
     """
@@ -60,6 +60,7 @@ class Request:
     set: tuple[str, ...] = ()
     lora: int = 0
     dtype: str = "auto"
+    checkpointing: bool = False
     chat: bool | None = None
     reward: str | None = None
     prompt: str | None = None
@@ -148,7 +149,10 @@ def build(request: Request) -> Experiment:
     rules: dict[str, Any] = {"seed": request.seed, "reward": request.reward, "prompt": request.prompt}
     environment = load_environment(request.env, **rules)
     exam = environment if request.eval_env is None else load_environment(request.eval_env, **rules)
-    policy = load_policy(request.policy, lora=request.lora, dtype=request.dtype, chat=request.chat, seed=request.seed)
+    policy = load_policy(
+        request.policy, lora=request.lora, dtype=request.dtype, chat=request.chat, seed=request.seed,
+        checkpointing=request.checkpointing,
+    )  # fmt: skip
     return Experiment(request, method, environment, policy, exam)
 
 

@@ -99,6 +99,6 @@ def _write(policy: Any, target: Path, merge: bool) -> None:
         return
     from trimtab.policies.language import NOTES
 
-    policy.model.merge_and_unload().save_pretrained(target)
+    policy.model.to(policy.wide).merge_and_unload().save_pretrained(target)  # its base may be held in bfloat16
     policy.tokenizer.save_pretrained(target)
     (target / NOTES).write_text(json.dumps({"chat": policy.chat}) + "\n")

@@ -1,0 +1,272 @@
+"""Rows packed into one, without padding: every prompt once, then the responses, each seeing its prompt and itself.
+
+The layers of a model work on tokens one by one, but for attention; so attention alone has to know which tokens belong
+together. A `Packed` row says that in `Block`s, and `attention`, registered with transformers, computes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from trimtab.policies.view import View
+
+# Its name among transformers' attention implementations.
+ATTENTION = "trimtab_packed"
+# Query tokens of one row that are read together; later tiles see earlier ones as part of their prefix.
+TILE = 256
+# Attention scores (heads x queries x keys) that exist at once: 32 MiB in float32.
+SCORES_AT_ONCE = 2**23
+# Blocks are merged while their padded scores are at most so many times the true ones, or few altogether.
+WASTE, FEW = 1.3, 2**14
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Spans of tokens that see the same `prefix` (token places) and, causally, themselves."""
+
+    prefix: tuple[int, ...]
+    spans: tuple[range, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.spans), max(map(len, self.spans)), len(self.prefix)
+
+    @property
+    def scores(self) -> int:
+        return sum(len(s) * (len(s) + len(self.prefix)) for s in self.spans)
+
+
+@dataclass(frozen=True)
+class Block:
+    """`b` bundles of up to `G` spans of up to `T` tokens after up to `P` tokens, padded.
+
+    tokens `[b, G, T]`: where they are in the packed row, padding reads token 0; write: the same, but padding goes
+    behind the end. prefix `[b, P]`, hidden bool `[b, P]` its padding; None where there is none.
+    """
+
+    tokens: Tensor
+    write: Tensor
+    prefix: Tensor | None
+    hidden: Tensor | None
+    later: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0."""
+
+    ids: Tensor
+    places: Tensor
+    state: Tensor
+    blocks: tuple[Block, ...]
+
+
+def pack(view: View, heads: int) -> Packed:
+    """The rows of a view in one; what follows a row's last decision is left out."""
+    said, lengths = view.said, view.lengths
+    prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
+    sizes = (prompts >= 0).sum(1).tolist()
+    place = torch.arange(said.shape[1], device=said.device)
+    read = place < lengths[:, None]
+    ids = torch.cat([prompts[prompts >= 0], said[read]])
+    starts = _spans([*sizes, *lengths.tolist()])
+    whole, rows = starts[: len(sizes)], starts[len(sizes) :]
+    owners = owner.tolist()
+    places = [torch.arange(len(s)) for s in whole] + [sizes[o] + torch.arange(len(r)) for o, r in zip(owners, rows)]
+    first = torch.tensor([whole[o].stop - 1 for o in owners], device=said.device)
+    begin = torch.tensor([r.start for r in rows], device=said.device)
+    state = torch.where(place == 0, first[:, None], (begin[:, None] + place - 1)).masked_fill(
+        place > lengths[:, None], 0
+    )
+    groups: dict[int, list[range]] = {}
+    for o, r in zip(owners, rows):
+        groups.setdefault(o, []).append(r)
+    limit = max(1, SCORES_AT_ONCE // heads)
+    bundles = [b for o, held in groups.items() for b in _bundles(whole[o], held, limit)]
+    bundles.sort(key=lambda b: b.shape)
+    blocks = [_block(part, len(ids), said.device) for part in _alike(bundles, limit)]
+    return Packed(ids, torch.cat(places).to(said.device), state, tuple(blocks))
+
+
+def states(model: Any, packed: Packed) -> Tensor:
+    """The last hidden state of each token of a packed row, `[S, H]`, by the model's own forward."""
+    ids, places = packed.ids[None], packed.places[None]
+    with attending(model, ATTENTION):
+        return model.base_model(input_ids=ids, position_ids=places, use_cache=False, packed=packed).last_hidden_state[0]
+
+
+@contextlib.contextmanager
+def attending(model: Any, kind: str) -> Iterator[None]:
+    """With this attention implementation for the time being."""
+    before = model.config._attn_implementation
+    if kind == before:
+        yield
+        return
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def fits(model: Any, token: int) -> bool:
+    """Whether this model reads a packed row as it reads the rows alone. Asked of the model itself, on five tokens.
+
+    Its parameters have to be float32 or float64: in bfloat16 rounding is as large as some of the differences.
+    """
+    cache = DynamicCache(config=model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers) or not has_places(model):
+        return False
+    device, other = next(model.parameters()).device, int(token == 0)
+    prompt = torch.tensor([[token, other]] * 2, device=device)
+    said = torch.tensor([[other, other, token], [token, token, other]], device=device)
+    yes = torch.ones_like(said, dtype=torch.bool)
+    two = torch.arange(2, device=device)
+    packed = pack(View(prompt, yes[:, :2], said, yes, None, two, two, (2, 3)), 1)
+    rows = torch.cat([prompt, said[:, :-1]], 1)
+    want = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -3:]
+    try:
+        got = states(model, packed)[packed.state]
+    except (RuntimeError, TypeError, ValueError):  # it knows no such argument, or does more than this attention
+        return False
+    return bool((got - want).norm() <= 1e-4 * want.norm())
+
+
+def has_places(model: Any) -> bool:
+    """Whether it can be told the place of each token."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _spans(sizes: Sequence[int]) -> list[range]:
+    """Ranges of these sizes, one after the other."""
+    out, at = [], 0
+    for size in sizes:
+        out.append(range(at, at + size))
+        at += size
+    return out
+
+
+def _bundles(prompt: range, rows: list[range], limit: int) -> Iterator[Bundle]:
+    """A prompt in tiles, then its responses: the first tiles of all together, later ones each alone."""
+    for i in range(0, len(prompt), TILE):
+        yield Bundle(tuple(prompt[:i]), (prompt[i : i + TILE],))
+    before = tuple(prompt)
+    first = [Bundle(before, (r[:TILE],)) for r in sorted(rows, key=len) if len(r)]
+    for part in _alike(first, limit):
+        yield Bundle(before, tuple(bundle.spans[0] for bundle in part))
+    for r in rows:
+        for i in range(TILE, len(r), TILE):
+            yield Bundle((*before, *r[:i]), (r[i : i + TILE],))
+
+
+def _alike(bundles: list[Bundle], limit: int) -> Iterator[list[Bundle]]:
+    """Cut sorted bundles into blocks: little padding in each, and at most `limit` scores of a head."""
+    part: list[Bundle] = []
+    shape, true = (0, 0, 0), 0
+    for bundle in bundles:
+        spans, longest, before = (max(sizes) for sizes in zip(shape, bundle.shape))
+        padded = (len(part) + 1) * spans * longest * (longest + before)
+        if part and padded > min(limit, max(FEW, WASTE * (true + bundle.scores))):
+            yield part
+            part, true = [], 0
+            spans, longest, before = bundle.shape
+        part.append(bundle)
+        shape, true = (spans, longest, before), true + bundle.scores
+    if part:
+        yield part
+
+
+def _block(bundles: list[Bundle], end: int, device: torch.device) -> Block:
+    spans, longest, before = (max(sizes) for sizes in zip(*(b.shape for b in bundles)))
+    write = torch.full((len(bundles), spans, longest), end)
+    prefix = torch.full((len(bundles), before), end)
+    for i, bundle in enumerate(bundles):
+        prefix[i, : len(bundle.prefix)] = torch.tensor(bundle.prefix, dtype=torch.long)
+        for j, span in enumerate(bundle.spans):
+            write[i, j, : len(span)] = torch.arange(span.start, span.stop)
+    write, prefix = write.to(device), prefix.to(device)
+    hidden = prefix == end
+    later = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)
+    return Block(
+        write.masked_fill(write == end, 0),
+        write,
+        prefix.masked_fill(hidden, 0) if before else None,
+        hidden if before and bool(hidden.any()) else None,
+        later,
+    )
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+# What some models add to attention and this one lacks.
+_EXTRAS = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    packed: Packed,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row, as transformers calls it: query `[1, heads, S, d]`, key and value `[1, k, S, d]`.
+
+    Scores are products in the value's dtype; their softmax is float32 at least. They are not kept for the backward but
+    made again, block by block. Raises `ValueError` for a kind of attention that it is not.
+    """
+    for name in _EXTRAS:
+        if more.get(name) is not None:
+            raise ValueError(f"packed attention has no {name}; the model gave {name}={more[name]!r}")
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    out = v.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
+    for block in packed.blocks:
+        if torch.is_grad_enabled():
+            made: Any = checkpoint(_attend, q, k, v, block, use_reentrant=False, preserve_rng_state=False)
+        else:
+            made = _attend(q, k, v, block)
+        out = out.index_copy(0, block.write.flatten(), made)
+    return out[:-1][None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+    """What the block's tokens read, `[b G T, heads, d]`; heads that share keys are further queries of those."""
+    b, spans, t = block.tokens.shape
+    heads, d = k.shape[1], q.shape[2]
+    of = block.tokens.flatten()
+    queries = q[of].view(b, spans, t, heads, -1, d).permute(0, 3, 1, 4, 2, 5)  # [b, k, G, g, T, d]
+    own_k, own_v = (x[of].view(b, spans, t, heads, -1).permute(0, 3, 1, 2, 4) for x in (k, v))
+    groups = queries.shape[3]
+    queries = queries.reshape(b, heads, spans, groups * t, d)
+    scores = queries @ own_k.transpose(-1, -2)
+    scores = scores.view(b, heads, spans, groups, t, t).masked_fill(block.later, -torch.inf).view_as(scores)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if block.prefix is None:
+        out = scores.softmax(-1, dtype=wide).to(v.dtype) @ own_v
+    else:
+        p = block.prefix.shape[1]
+        past_k, past_v = (x[block.prefix.flatten()].view(b, p, heads, -1).transpose(1, 2) for x in (k, v))
+        past = queries.flatten(2, 3) @ past_k.transpose(-1, -2)
+        if block.hidden is not None:
+            past = past.masked_fill(block.hidden[:, None, None], -torch.inf)
+        weights = torch.cat([past.view(b, heads, spans, groups * t, p), scores], -1).softmax(-1, dtype=wide).to(v.dtype)
+        out = (weights[..., :p].flatten(2, 3) @ past_v).view(b, heads, spans, groups * t, -1)
+        out = out + weights[..., p:] @ own_v
+    return out.view(b, heads, spans, groups, t, -1).permute(0, 2, 4, 1, 3, 5).reshape(b * spans * t, heads * groups, -1)
+
+
+AttentionInterface.register(ATTENTION, attention)
