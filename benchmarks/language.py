@@ -172,9 +172,10 @@ def page(results: dict[str, Any]) -> str:
         ours, theirs = (said(r[side], r["metric"], r["per"]) for side in ("ours", "theirs"))
         note = "; ".join([*(f"{s}: {why}" for s, why in r["failed"].items()), *(["busy"] if r["busy"] else [])])
         ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
+        goal = f"{r['goal']:.3g}"
         per = " per response token" if r["per"] != 1 else ""
         lines.append(
-            f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {r['goal']:g} | {note} |"
+            f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {note} |"
         )
     return "\n".join([*lines, ""])
 
@@ -182,9 +183,12 @@ def page(results: dict[str, Any]) -> str:
 def said(value: float | None, metric: str, per: float) -> str:
     if value is None:
         return "-"
+    value /= 1 if metric.endswith("per_second") else per
     if metric.endswith("bytes"):
-        return f"{value / per / 1e6:.3g} MB"
-    return f"{value:.3g}" if metric.endswith("per_second") else f"{1000 * value / per:.4g} ms"
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+    if metric.endswith("per_second"):
+        return f"{value:.3g}"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def publish(out: Path, results: dict[str, Any]) -> None:
