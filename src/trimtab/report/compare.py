@@ -89,7 +89,7 @@ def overlay(
                     ax.plot(x, y, color=colour, lw=0.8, alpha=0.38)
             x, y = mean_curve(curves)
             means.append(smooth(y) if smoothed else y)
-            ax.plot(x, means[-1], color=colour, lw=2.3)
+            ax.plot(x, means[-1], color=colour, lw=2.3, marker="o" if len(x) == 1 else None)
             ends.append((float(y[-1]), arm, colour))
         if percent:
             top = 1.0 if whole else min(1.0, max(0.01, 1.15 * max(y.max() for y in means)))
@@ -108,13 +108,16 @@ def overlay(
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean over seeds, on their own points if they share them, else interpolated on the span common to all."""
+    """The mean over seeds, on their own points if they share them, else interpolated on the span common to all.
+
+    Seeds without a common span, as after a turn or two, give one point: the mean of their ends.
+    """
     first = curves[0][0]
     if all(len(x) == len(first) and np.array_equal(x, first) for x, _ in curves):
         return first, np.mean([y for _, y in curves], axis=0)
     start, stop = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     if start > stop:
-        raise CompareError("the seeds of an arm share no part of the horizontal axis; draw them as separate arms")
+        return np.array([np.mean([x[-1] for x, _ in curves])]), np.array([np.mean([y[-1] for _, y in curves])])
     grid = np.linspace(start, stop, _GRID)
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
