@@ -45,7 +45,7 @@ class Setting:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """How the forward pass computes; parameters stay float32."""
     checkpointing: bool = False
-    """Compute each layer again in the backward: less memory for long texts, a third more time."""
+    """Compute each layer again in the backward: less memory for long texts, a fifth to a half more time."""
     chat: bool | None = None
     """Put prompts into the chat template (default: if the tokenizer has one)."""
     reward: str | None = None

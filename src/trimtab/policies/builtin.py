@@ -57,7 +57,8 @@ def load_policy(
     template; None: as it was when the folder was saved by a policy, else if there is a template. smollm2 defaults to
     plain text: in its template it wraps every answer in a sentence, and no verifier reads a number there. seed: of
     the weights of nano and of a new adapter. device: "auto" is cuda if there. checkpointing: keep only the input of
-    each layer for the backward and compute the rest again there: the same gradient, less memory, a third more time.
+    each layer for the backward and compute the rest again there: the same gradient, less memory, and a fifth to a half
+    more time.
 
     Raises `PolicyError` for an unknown spec, dtype or device, or an adapter on top of an adapter.
     """

@@ -20,7 +20,7 @@ def weight_of(layer: Any) -> Tensor:
     weight: Tensor = base.weight
     for name in getattr(layer, "active_adapters", ()):
         if name in layer.lora_A:
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+            weight = weight + layer.get_delta_weight(name)  # the wider of the two: rounded once, where it is used
     return weight
 
 
