@@ -223,14 +223,16 @@ class GivenClosure:
         return getattr(self._closure, name)
 
 
-@piece(
-    "update", validate=lambda o: None if o["limit"] > 0 else f"limit={o['limit']} must be above 0", one_gradient=True
-)
+def _sane_limit(options: Mapping[str, Any]) -> str | None:
+    return None if options["limit"] > 0 else f"limit={options['limit']} must be above 0"
+
+
+@piece("update", validate=_sane_limit, one_gradient=True)
 def stopped_at(
     kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], limit: float = 0.015,
     metric: str = "approx_kl",
 ) -> tuple[Logs, bool]:  # fmt: skip
-    """A wrap: where a metric of the update's own terms is above `limit`, no step is taken, and no further one of this batch.
+    """A wrap: where a metric of the update's own terms is above `limit`, no step is taken, nor any more of this batch.
 
     It is looked at before each step, on that step's rows. Logs `stopped`, the share of updates that were not made.
     """
