@@ -23,8 +23,7 @@ EDGE = 1e-6  # how close to the ends of its interval a tanh action may come, as 
 
 def masked(value: Tensor, batch: Batch) -> Tensor:
     """`value` where our policy decided, 0 elsewhere; a padded decision may hold anything, nan too."""
-    mask = batch["mask"]
-    return value if bool(mask.all()) else torch.where(mask, value, torch.zeros_like(value))
+    return value if batch.same("mask") == 1 else torch.where(batch["mask"], value, torch.zeros_like(value))
 
 
 class Gaussian(nn.Module):

@@ -69,8 +69,9 @@ def descend(
 ) -> None:
     """One step of a torch optimiser along a gradient no longer than `clip`, with the settings of this moment."""
     grads = list(made.grads.values())
-    if clip is not None:
-        torch._foreach_mul_(grads, float((clip / (made.norm + 1e-6)).clamp(max=1.0)))
+    scale = 1.0 if clip is None else clip / (float(made.norm) + 1e-6)
+    if scale < 1:
+        torch._foreach_mul_(grads, scale)
     for parameter, grad in zip(parameters, grads):
         parameter.grad = grad
     for group in optimizer.param_groups:
