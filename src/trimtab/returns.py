@@ -39,12 +39,12 @@ class Returns:
     transcripts: tuple[Mapping[str, Any], ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """The stable part: mean, low, high, n."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+        """The stable part: mean, low, high, n, and of what."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n, "unit": "return"}
 
     def record(self) -> dict[str, Any]:
         """Everything, for `eval.jsonl`."""
-        more = {"measure": self.measure, "share": False, "sampled": self.sampled}
+        more = {"measure": self.measure, "sampled": self.sampled}
         return {**self.summary(), **more, "returns": self.returns, "lengths": self.lengths, "drawn": self.drawn}
 
 
@@ -81,7 +81,8 @@ def play(actor: Any, environment: Any, episodes: int, rng: torch.Generator | Non
     if episodes < 1:
         raise MethodError(f"episodes={episodes} must be at least 1")
     environment.load_state_dict({"started": False})
-    missing, made, carry = set(range(episodes)), {}, None
+    made: dict[int, Finished] = {}
+    missing, carry = set(range(episodes)), None
     while missing:
         if rng is None:
             action = actor.mode(environment.obs)

@@ -63,7 +63,7 @@ class ControlExperiment:
 
     def export(self, folder: Path, state: State) -> None:
         """`NAME.safetensors` for every network, and `model.json`: how to build them again, what acts read beside."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, module in self.models.items():
             tensors = {key: t.detach().contiguous().clone() for key, t in module.state_dict().items()}
             save_file(tensors, folder / f"{name}.safetensors")

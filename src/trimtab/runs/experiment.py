@@ -108,7 +108,7 @@ def resume(
     seen, past = folder.evaluations(), folder.metrics()
     tally = Tally(seconds=past[-1]["seconds"] if past else 0.0)
     if seen:
-        stable = ("mean", "low", "high", "n", "pass_at")
+        stable = ("mean", "low", "high", "n", "unit", "pass_at")
         tally.before, tally.after = ({k: seen[i][k] for k in stable if k in seen[i]} for i in (0, -1))
     return _guarded(made, state, folder, tally, mode, notes=differences)
 

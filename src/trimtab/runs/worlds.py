@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,13 +49,16 @@ USUAL = {
 class Result(Protocol):
     """An evaluation, whatever was evaluated."""
 
-    mean: float
-    low: float
-    high: float
-    n: int
-
     @property
-    def transcripts(self) -> Any: ...
+    def mean(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def transcripts(self) -> Iterable[Mapping[str, Any]]: ...
     def summary(self) -> dict[str, Any]: ...
     def record(self) -> dict[str, Any]: ...
 
@@ -66,8 +69,9 @@ class Experiment(Protocol):
     request: Request
     method: Method
     environment: Any
-    models: dict[str, nn.Module]
 
+    @property
+    def models(self) -> dict[str, nn.Module]: ...
     @property
     def numbers(self) -> torch.dtype: ...
     @property
