@@ -1,5 +1,7 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.control import actor_critic as actor_critic
+from trimtab.methods.control import natural_gradient as natural_gradient
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
