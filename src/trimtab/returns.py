@@ -54,7 +54,7 @@ def evaluated(state: State, method: Method, environment: Any, episodes: int) -> 
     Episode i begins from the same seed and gets the same noise in every evaluation, of every run, so evaluations are
     paired. The running moments of a normaliser are read and do not move, and nothing else of the run does.
     """
-    kit = Kit(state, _current(state, method), None, False)
+    kit = Kit(state, current(state, method), None, False)
     with kit.aside(), torch.no_grad():
         actor = kit.actor("policy")
         drawn = play(actor, environment, episodes, torch.Generator().manual_seed(0))
@@ -63,12 +63,12 @@ def evaluated(state: State, method: Method, environment: Any, episodes: int) -> 
     mean, low, high = interval(totals)
     kind = "deterministic" if hasattr(actor, "mode") else "with drawn actions"
     return Returns(
-        mean, low, high, len(best), f"mean return, {kind},", interval([f.total for f in drawn])[0], totals,
+        mean, low, high, len(best), f"mean return ({kind})", interval([f.total for f in drawn])[0], totals,
         [f.length for f in best], [f.total for f in drawn],
     )  # fmt: skip
 
 
-def _current(state: State, method: Method) -> Method:
+def current(state: State, method: Method) -> Method:
     """The method of the phase that a run is in."""
     return method.phases[max(0, state.phases.index)].method if method.phases else method
 

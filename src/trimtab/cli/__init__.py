@@ -12,13 +12,14 @@ from tyro.conf import subcommand
 
 from trimtab.cli.looking import Diff, Doctor, Explain, Methods
 from trimtab.cli.measuring import Claim, Plan, Profile
-from trimtab.cli.running import Compare, Eval, Export, Resume, Train
+from trimtab.cli.running import Compare, Eval, Export, Resume, Train, Watch
 
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Resume, subcommand("resume")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Watch, subcommand("watch")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]

@@ -1,11 +1,11 @@
-"""Commands that run something: train, resume, compare, eval, export."""
+"""Commands that run something, or look at a run: train, resume, compare, eval, watch, export."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -129,6 +129,37 @@ class Eval:
 
         options = {"samples": self.samples, "k": self.k, "temperature": self.temperature}
         return outcome(evaluate_folder(self.run, problems=self.problems, env=self.env, **options), self.json)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Make a video of an episode as the policy of a run plays it, without a display; the report shows it.
+
+    trimtab watch runs/ppo-CartPole-v1-s0
+    """
+
+    run: Folder
+    checkpoint: str = "newest"
+    """newest, best (the highest held-out mean among those kept), or the number of a turn."""
+    episode: int = 0
+    """Which of the held-out episodes, as numbered in evaluation."""
+    steps: int = 1000
+    """Steps shown at most."""
+    kind: Literal["mp4", "gif"] = "mp4"
+    """The file made."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.runs.watch import watch
+
+        made = watch(self.run, checkpoint=self.checkpoint, episode=self.episode, steps=self.steps, kind=self.kind)
+        if self.json:
+            print(json.dumps(made))
+        else:
+            print(f"return {made['return']:.4g} in {made['length']} steps: {made['video']} ({made['bytes']:,} bytes)")
+            print(f"report: {made['report']}")
+        return 0
 
 
 @dataclass(frozen=True)

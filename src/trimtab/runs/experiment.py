@@ -21,7 +21,7 @@ from trimtab.report.folder import RunFolder
 from trimtab.report.live import LiveView
 from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
 from trimtab.report.watchers import Watchers
-from trimtab.report.words import about_loss
+from trimtab.report.words import about_loss, words_of
 from trimtab.runs.commands import command, one_budget
 from trimtab.runs.forecast import disk_notes
 from trimtab.runs.interrupt import interruptible
@@ -133,9 +133,9 @@ def _go(
 ) -> dict[str, Any]:
     request = made.request
     records = usual(request.method).records
-    title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten())
+    title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten(), world_of(request.method))
     ((unit, until),) = request.budget.items()
-    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead))  # type: ignore[arg-type]
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead, words=words_of(world_of(request.method))))  # type: ignore[arg-type]
     if request.tensorboard:
         view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
