@@ -51,7 +51,7 @@ class Gaussian(nn.Module):
         self.bounded = bounds is not None
         if bounds is not None:
             low, high = (b.to(inputs.dtype).flatten() for b in bounds)
-            self.register_buffer("half", (high - low) / 2, persistent=False)
+            self.register_buffer("half_width", (high - low) / 2, persistent=False)
             self.register_buffer("middle", (high + low) / 2, persistent=False)
         self.provides = frozenset({"logp", "mean", "std", "distribution"} | ({"entropy"} if bounds is None else set()))
 
@@ -85,10 +85,10 @@ class Gaussian(nn.Module):
         log_std = self.log_std
         if not self.bounded:
             return (-0.5 * ((action - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI).sum(-1)
-        y = ((action - self.middle) / self.half).clamp(-1 + EDGE, 1 - EDGE)
+        y = ((action - self.middle) / self.half_width).clamp(-1 + EDGE, 1 - EDGE)
         u = torch.atanh(y)
         # log(1 - tanh^2 u) = 2 (log 2 - u - softplus(-2 u)), which does not lose the small ones.
-        change = self.half.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
+        change = self.half_width.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
         return (-0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI - change).sum(-1)
 
     def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
@@ -104,7 +104,7 @@ class Gaussian(nn.Module):
             return self._outer(self.mean(self.inputs(obs))).reshape(-1, *self.shape)
 
     def _outer(self, u: Tensor) -> Tensor:
-        return self.middle + self.half * u.tanh().clamp(-1 + EDGE, 1 - EDGE) if self.bounded else u
+        return self.middle + self.half_width * u.tanh().clamp(-1 + EDGE, 1 - EDGE) if self.bounded else u
 
 
 class Categorical(nn.Module):
