@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
-from trimtab.core.kit import Kit
+from trimtab.core.kit import Kit, version
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
@@ -66,6 +66,10 @@ class Closure:
         scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
         if scoped:
             self._prepare(scoped)
+
+    def anew(self, rows: Batch) -> Closure:
+        """The same track on other rows."""
+        return Closure(self.kit, self.track, rows)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -194,12 +198,14 @@ class Closure:
         ready, self._ready = self._ready, None
         if ready is not None and rows is self.batch and ready[0] == self._version():
             return ready[1]  # the forward that prepared the update-scope parts
+        ahead = self.kit.taken_ahead(self.track.trains, rows, self.wants)
+        if ahead is not None:
+            return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
         return model.evaluate(rows.guarded(None), self.wants)
 
     def _version(self) -> int:
-        """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return version(self.model)
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
