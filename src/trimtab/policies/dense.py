@@ -29,7 +29,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         _ONEDNN
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and _worth(x.numel() // (inputs * (weight.shape[0] if x.dim() == 3 else 1)), inputs, outputs)
+        and _worth(x.shape[-2] if weight.dim() == 3 else x.numel() // inputs, inputs, outputs)
     )
 
 
