@@ -17,7 +17,7 @@ from trimtab.core.kit import Kit, version
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, reduce, rows_of, split, units, weights
+from trimtab.core.terms import Term, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
 
@@ -63,6 +63,8 @@ class Closure:
         self.wants = frozenset().union(*(p.union("wants") for p in self.losses))
         self._unit = next((p.core.options["unit"] for p in self.losses if p.core.options["unit"] != "row"), "row")
         self._ready: tuple[int, dict[str, Tensor]] | None = None
+        self._own: dict[str, Tensor] | None = None  # `params`, once looked up
+        self._replaced = 0  # how many contexts have put others in their place
         scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
         if scoped:
             self._prepare(scoped)
@@ -74,7 +76,12 @@ class Closure:
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self._replaced or self._own is None:
+            made = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            if self._replaced:
+                return made
+            self._own = made
+        return dict(self._own)
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -174,13 +181,12 @@ class Closure:
         now = self._now(rows)
         made: dict[str, Weighted] = {}
         for p, weight in zip(self.losses, scale):
-            per, chosen = p.core.options["per"], rows_of(plain, p.core.options["rows"])
-            whole = bool(chosen.all())
-            for term in self._run(p, plain, now, None if whole else chosen):
+            per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
+            for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
                 cut = weight[1 if term.metric else 0]
-                cut = cut if whole else cut[chosen]
+                cut = cut if chosen is None else cut[chosen]
                 if term.metric and term.value.dim() == 1:  # each row counts once, however long it is
                     cut = (cut.sum(1, keepdim=True) > 0).to(cut.dtype)
                 if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
@@ -239,8 +245,7 @@ class Closure:
         rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                chosen = rows_of(rows, p.core.options["rows"])
-                self._run(p, rows, now, None if bool(chosen.all()) else chosen)
+                self._run(p, rows, now, some_of(rows, p.core.options["rows"]))
         self.kit.preparing = False
 
     @contextmanager
@@ -260,11 +265,13 @@ class Closure:
             if p is not None and id(p) in names
         ]
         leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        self._replaced += 1
         try:
             for module, leaf, name, _ in places:
                 module._parameters[leaf] = leaves[name]  # type: ignore[assignment]
             yield leaves
         finally:
+            self._replaced -= 1
             for module, leaf, _, old in places:
                 module._parameters[leaf] = old
 

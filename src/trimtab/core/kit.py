@@ -15,7 +15,7 @@ from trimtab.core.errors import MethodError, PurityError, nearest
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import rows_of, split
+from trimtab.core.terms import some_of, split
 
 
 class Own(MutableMapping[str, Any]):
@@ -211,9 +211,8 @@ class Kit:
         """
         self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
         self.preparing = True
-        reserved = piece.core.options
-        chosen = rows_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else rows_of(batch, None)
-        if bool(chosen.all()):
+        chosen = some_of(batch, piece.core.options["rows"]) if piece.stage in ("credit", "select") else None
+        if chosen is None:
             return self._guarded(piece, batch, *now)
         made = batch.take(chosen)
         if len(made):
@@ -256,8 +255,11 @@ class Kit:
         logs, self._logs[:] = list(self._logs), []
         if not logs:
             return {}
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for _, v in logs]).tolist()
+        far = [i for i, (_, v) in enumerate(logs) if isinstance(v, Tensor) and not v.is_cpu]
+        read = torch.stack([logs[i][1].double() for i in far]).tolist() if far else []
+        for i, value in zip(far, read):
+            logs[i] = (logs[i][0], value)
         sums: dict[str, list[float]] = {}
-        for (name, _), v in zip(logs, values):
+        for name, v in ((name, float(v)) for name, v in logs):
             sums.setdefault(name, []).append(v)
         return {name: sum(v) / len(v) for name, v in sums.items()}
