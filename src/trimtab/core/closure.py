@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
-from trimtab.core.kit import Kit
+from trimtab.core.kit import Kit, version
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, concerned, reduce, split, units, weights
+from trimtab.core.terms import Term, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
 
@@ -63,13 +63,20 @@ class Closure:
         known = track.losses
         self.losses, self.wants, self._unit, self._idle = known.pieces, known.wants, known.unit, known.idle
         self._ready: tuple[int, dict[str, Tensor]] | None = None
+        self._replaced = 0  # how many contexts have put other parameters in their place
         if known.scoped:
             self._prepare(list(known.scoped))
+
+    def anew(self, rows: Batch) -> Closure:
+        """The same track on other rows."""
+        return Closure(self.kit, self.track, rows)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        return self.kit.trained(self.track.trains)
+        if self._replaced:
+            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self.kit.trained(self.track.trains))
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -183,7 +190,7 @@ class Closure:
         made: dict[str, Weighted] = {}
         views: dict[int, tuple[Tensor, ...]] = {}
         for p, weight in zip(self.losses, scale):
-            per, chosen = p.core.options["per"], concerned(plain, p.core.options["rows"])
+            per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
             whole = chosen is None
             cuts = views.setdefault(id(weight), weight.unbind(0))
             for term in self._run(p, plain, now, chosen):
@@ -208,12 +215,14 @@ class Closure:
         ready, self._ready = self._ready, None
         if ready is not None and rows is self.batch and ready[0] == self._version():
             return ready[1]  # the forward that prepared the update-scope parts
+        ahead = self.kit.taken_ahead(self.track.trains, rows, self.wants)
+        if ahead is not None:
+            return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
         return model.evaluate(rows.guarded(None), self.wants)
 
     def _version(self) -> int:
-        """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return version(self.model)
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
@@ -247,7 +256,7 @@ class Closure:
         rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                self._run(p, rows, now, concerned(rows, p.core.options["rows"]))
+                self._run(p, rows, now, some_of(rows, p.core.options["rows"]))
         self.kit.preparing = False
 
     @contextmanager
@@ -267,11 +276,13 @@ class Closure:
             if p is not None and id(p) in names
         ]
         leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        self._replaced += 1
         try:
             for module, leaf, name, _ in places:
                 module._parameters[leaf] = leaves[name]  # type: ignore[assignment]
             yield leaves
         finally:
+            self._replaced -= 1
             for module, leaf, _, old in places:
                 module._parameters[leaf] = old
 
