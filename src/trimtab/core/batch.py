@@ -150,9 +150,7 @@ class Batch(Mapping[str, Column]):
             for name in columns:
                 self.guard.check(name, writing=True)
         n = len(self)
-        sound = all((c.dim() > 0 and c.shape[0] if isinstance(c, Tensor) else isinstance(c, list) and len(c)) == n
-                    for c in columns.values())  # fmt: skip
-        if not (self.columns and sound):
+        if not self.columns or any(_rows_in(c) != n for c in columns.values()):
             return Batch({**self.columns, **columns}, self.guard)  # which says what is wrong, if anything is
         mine, known = self.columns, {k: v for k, v in self._known.items() if k not in columns}
         if isinstance(mine, Picked):
@@ -208,6 +206,13 @@ class Batch(Mapping[str, Column]):
 
 def _length(column: Column) -> int:
     return column.shape[0] if isinstance(column, Tensor) else len(column)  # `len` of a tensor takes ten times as long
+
+
+def _rows_in(column: Any) -> int:
+    """`_length`, or -1 of what is no column."""
+    if isinstance(column, Tensor):
+        return column.shape[0] if column.dim() else -1
+    return len(column) if isinstance(column, list) else -1
 
 
 def _join(name: str, batches: Sequence[Batch]) -> Column:

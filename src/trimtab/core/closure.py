@@ -34,7 +34,10 @@ class Gradient:
     @cached_property
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
-        return torch.nn.utils.get_total_norm(list(self.grads.values()))
+        grads = list(self.grads.values())
+        if all(g.device == grads[0].device for g in grads):  # quicker, and the same to the bit
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return torch.nn.utils.get_total_norm(grads)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Closure:
         known = track.losses
         self.losses, self.wants, self._unit, self._idle = known.pieces, known.wants, known.unit, known.idle
         self._ready: tuple[int, dict[str, Tensor]] | None = None
+        self._short = False  # whether a policy's short cut to its gradient may be taken
+        self._back: tuple[dict[str, Tensor], Any] | None = None  # what it took: results, and the way back
         self._replaced = 0  # how many contexts have put other parameters in their place
         if known.scoped:
             self._prepare(list(known.scoped))
@@ -87,6 +92,7 @@ class Closure:
         with self._at(params) as at:
             mine = list(at.values())
             loss = mine[0].new_zeros(())
+            self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
                 values = {name: t.sum() for name, t in terms.items()}
@@ -101,12 +107,12 @@ class Closure:
                 added = [v for name, v in values.items() if not terms[name].metric]
                 if not added:
                     continue
-                value = torch.stack(added).sum() if len(added) > 1 else added[0]
+                value = sum(added[1:], added[0])
                 loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
                 with phase("backward"):
-                    new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+                    new = self._gradient(value, mine, create_graph)
                 if create_graph:
                     grads = [g + n for g, n in zip(grads, new)]
                 elif grads:
@@ -114,10 +120,21 @@ class Closure:
                 else:
                     grads = new
             grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
+            self._short = False
             reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, [name for name in sums if name not in weighed])
+        return made
+
+    def _gradient(self, value: Tensor, mine: list[Tensor], create_graph: bool) -> list[Tensor]:
+        back, self._back = self._back, None
+        if back is None:
+            return list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+        results, pull = back
+        found = torch.autograd.grad(value, list(results.values()), materialize_grads=True)
+        with torch.no_grad():
+            made: list[Tensor] = pull(dict(zip(results, found)))
         return made
 
     def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
@@ -192,7 +209,7 @@ class Closure:
         for p, weight in zip(self.losses, scale):
             per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
             whole = chosen is None
-            cuts = views.setdefault(id(weight), weight.unbind(0))
+            cuts = views.get(id(weight)) or views.setdefault(id(weight), weight.unbind(0))
             for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
@@ -219,7 +236,11 @@ class Closure:
         if ahead is not None:
             return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
-        return model.evaluate(rows.guarded(None), self.wants)
+        short = model.pullback(rows.guarded(None), self.wants) if self._short and hasattr(model, "pullback") else None
+        if short is None:
+            return model.evaluate(rows.guarded(None), self.wants)
+        self._back = ({name: made.requires_grad_() for name, made in short[0].items()}, short[1])
+        return self._back[0]
 
     def _version(self) -> int:
         return version(self.model)
