@@ -136,7 +136,10 @@ def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[l
         smallest = "-" if r["detectable"] is None else said(r["detectable"], r["share"])
         paired.append([r["arms"][1], r["label"], effect_of(r), smallest, f"{len(r['seeds'])} of {r['of']}"])
     heads = ["arm", METRICS[PRIMARY], "seeds", "decisions", "updates", "training"]
+    from trimtab.report import reliable
+
     return [
         ("arms", heads, alone),
         (f"against {made['base']}", ["arm", "measure", "difference", "smallest shown", "seeds"], paired),
+        ("robust summaries", reliable.HEADS, reliable.rows(made.get("reliable", []))),
     ]
