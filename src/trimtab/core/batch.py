@@ -54,8 +54,8 @@ class Batch(Mapping[str, Column]):
 
     def __post_init__(self) -> None:
         try:
-            sizes = {name: len(column) for name, column in self.columns.items()}
-        except TypeError as e:
+            sizes = {name: _length(column) for name, column in self.columns.items()}
+        except (TypeError, IndexError) as e:
             bad = [name for name, column in self.columns.items() if getattr(column, "shape", ()) == ()]
             raise ColumnError(f"one of {bad} has no rows; a column is a tensor whose first axis is the row") from e
         if len(set(sizes.values())) > 1:
@@ -83,7 +83,7 @@ class Batch(Mapping[str, Column]):
 
     def __len__(self) -> int:
         """The number of rows `N`."""
-        return len(next(iter(self.columns.values()))) if self.columns else 0
+        return _length(next(iter(self.columns.values()))) if self.columns else 0
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns
@@ -102,15 +102,25 @@ class Batch(Mapping[str, Column]):
         if self.guard is not None:
             for name in columns:
                 self.guard.check(name, writing=True)
+        rows = len(self)
+        if self.columns and all(isinstance(c, Tensor) and c.dim() and c.shape[0] == rows for c in columns.values()):
+            return self._of({**self.columns, **columns}, self.guard)
         return Batch({**self.columns, **columns}, self.guard)
+
+    @staticmethod
+    def _of(columns: dict[str, Column], guard: Guard | None) -> Batch:
+        """A batch of columns that are known to have one number of rows."""
+        made = object.__new__(Batch)
+        made.__dict__.update(columns=columns, guard=guard)
+        return made
 
     def take(self, rows: Tensor) -> Batch:
         """The rows of a long index `[n]` or a bool mask `[N]`, in that order."""
         if rows.dtype == torch.bool and len(rows) != len(self):
             raise ColumnError(f"a mask of {len(rows)} rows cannot choose from a batch of {len(self)}")
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-        picks = index.tolist()
-        return Batch(
+        picks = [] if all(isinstance(c, Tensor) for c in self.columns.values()) else index.tolist()
+        return self._of(
             {
                 name: column.index_select(0, index.to(column.device))
                 if isinstance(column, Tensor)
@@ -125,7 +135,7 @@ class Batch(Mapping[str, Column]):
         return Batch({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.columns.items()}, self.guard)
 
     def guarded(self, guard: Guard | None) -> Batch:
-        return Batch(self.columns, guard)
+        return self._of(self.columns, guard)
 
     def by(self, level: str) -> Segments:
         """Helpers over the rows that share an id at this level: `batch.by("group").mean(score)`."""
@@ -149,6 +159,10 @@ class Batch(Mapping[str, Column]):
             return Batch()
         names = dict.fromkeys(name for b in batches for name in b.columns)
         return Batch({name: _join(name, batches) for name in names}, batches[0].guard)
+
+
+def _length(column: Column) -> int:
+    return column.shape[0] if isinstance(column, Tensor) else len(column)  # `len` of a tensor takes ten times as long
 
 
 def _join(name: str, batches: Sequence[Batch]) -> Column:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
-from trimtab.core.kit import Kit
+from trimtab.core.kit import Kit, version
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, reduce, rows_of, split, units, weights
+from trimtab.core.terms import Term, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
 
@@ -63,14 +63,25 @@ class Closure:
         self.wants = frozenset().union(*(p.union("wants") for p in self.losses))
         self._unit = next((p.core.options["unit"] for p in self.losses if p.core.options["unit"] != "row"), "row")
         self._ready: tuple[int, dict[str, Tensor]] | None = None
+        self._own: dict[str, Tensor] | None = None  # `params`, once looked up
+        self._replaced = 0  # how many contexts have put others in their place
         scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
         if scoped:
             self._prepare(scoped)
 
+    def anew(self, rows: Batch) -> Closure:
+        """The same track on other rows."""
+        return Closure(self.kit, self.track, rows)
+
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self._replaced or self._own is None:
+            made = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            if self._replaced:
+                return made
+            self._own = made
+        return dict(self._own)
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -170,13 +181,12 @@ class Closure:
         now = self._now(rows)
         made: dict[str, Weighted] = {}
         for p, weight in zip(self.losses, scale):
-            per, chosen = p.core.options["per"], rows_of(plain, p.core.options["rows"])
-            whole = bool(chosen.all())
-            for term in self._run(p, plain, now, None if whole else chosen):
+            per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
+            for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
                 cut = weight[1 if term.metric else 0]
-                cut = cut if whole else cut[chosen]
+                cut = cut if chosen is None else cut[chosen]
                 if term.metric and term.value.dim() == 1:  # each row counts once, however long it is
                     cut = (cut.sum(1, keepdim=True) > 0).to(cut.dtype)
                 if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
@@ -194,12 +204,14 @@ class Closure:
         ready, self._ready = self._ready, None
         if ready is not None and rows is self.batch and ready[0] == self._version():
             return ready[1]  # the forward that prepared the update-scope parts
+        ahead = self.kit.taken_ahead(self.track.trains, rows, self.wants)
+        if ahead is not None:
+            return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
         return model.evaluate(rows.guarded(None), self.wants)
 
     def _version(self) -> int:
-        """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return version(self.model)
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
@@ -233,8 +245,7 @@ class Closure:
         rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                chosen = rows_of(rows, p.core.options["rows"])
-                self._run(p, rows, now, None if bool(chosen.all()) else chosen)
+                self._run(p, rows, now, some_of(rows, p.core.options["rows"]))
         self.kit.preparing = False
 
     @contextmanager
@@ -254,11 +265,13 @@ class Closure:
             if p is not None and id(p) in names
         ]
         leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        self._replaced += 1
         try:
             for module, leaf, name, _ in places:
                 module._parameters[leaf] = leaves[name]  # type: ignore[assignment]
             yield leaves
         finally:
+            self._replaced -= 1
             for module, leaf, _, old in places:
                 module._parameters[leaf] = old
 

@@ -70,6 +70,14 @@ def rows_of(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor:
     return torch.isin(source, torch.tensor([SOURCES.index(n) for n in names], device=source.device))
 
 
+def some_of(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor | None:
+    """`rows_of`, or None where that is every row."""
+    if rows is None:
+        return None
+    chosen = rows_of(batch, rows)
+    return None if bool(chosen.all()) else chosen
+
+
 def mask_of(batch: Batch) -> Tensor:
     """Decisions that may learn, `[N, T]`: `keep`, else `mask`; one decision per row when there is neither."""
     for name in ("keep", "mask"):
@@ -91,7 +99,8 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
     over decisions ("token") whatever the terms' reduction, or over rows where the metric has one value a row.
     """
     chosen = rows_of(batch, options["rows"])
-    m = mask_of(batch).to(dtype) * chosen[:, None]
+    m = mask_of(batch).to(dtype)
+    m = m if options["rows"] is None else m * chosen[:, None]
     token = m / m.sum().clamp_min(1)
     return torch.stack([token if options["per"] == "token" else _weights(batch, options["per"], m, chosen), token])
 

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError, nearest
+from trimtab.policies.dense import layers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "silu": F.silu}
 GAINS = {"tanh": math.sqrt(2), "relu": math.sqrt(2), "silu": math.sqrt(2)}  # of hidden layers, orthogonally begun
@@ -37,6 +38,7 @@ class MLP(nn.Module):
     """`[..., inputs] -> [..., outputs]` through fully connected layers, an activation after each hidden one.
 
     init: "orthogonal" has gain sqrt(2) in hidden layers and `gain` in the last; "torch" is `nn.Linear`'s own.
+    matmul: see `dense.layers`.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class MLP(nn.Module):
         init: str = "orthogonal",
         gain: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        matmul: str = "float32",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise MethodError(f"activation={activation!r} is not known. {nearest(activation, ACTIVATIONS)}")
         if init not in INITS:
             raise MethodError(f"init={init!r} is not known. {nearest(init, INITS)}")
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.matmul = ACTIVATIONS[activation], matmul
         widths = (inputs, *hidden, outputs)
         gains = [GAINS[activation]] * len(hidden) + [gain]
         self.layers = nn.ModuleList(
@@ -63,10 +66,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = self.activation(F.linear(x, layer.weight, layer.bias))
-        return F.linear(x, last.weight, last.bias)
+        return layers(x, self.layers, self.activation, self.matmul)
 
 
 class Inputs:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.batch import Batch
 from trimtab.core.closure import Closure, Gradient, Params
 from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
+from trimtab.core.loop import scoped
 from trimtab.core.piece import Schedule, piece
 
 
@@ -145,6 +147,12 @@ class ClippedClosure:
         scale = (self._norm / (made.norm + 1e-6)).clamp(max=1.0)
         return replace(made, grads={name: grad * scale for name, grad in made.grads.items()})
 
+    def anew(self, rows: Batch) -> ClippedClosure:
+        """The same on other rows; the norms of its gradients are seen here."""
+        made = ClippedClosure(self._closure.anew(rows), self._norm)
+        made.seen = self.seen
+        return made
+
     def __getattr__(self, name: str) -> Any:  # params, terms, micro, batch, kit, ...
         return getattr(self._closure, name)
 
@@ -207,6 +215,25 @@ def scheduled(
     return {**logs, "step_scale": by}, stop
 
 
+def _times(options: Mapping[str, Any]) -> str | None:
+    return None if options["times"] >= 1 else f"times={options['times']} must be at least 1"
+
+
+@piece("update", validate=_times)
+def repeated(
+    kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], times: int = 2
+) -> tuple[Logs, bool]:
+    """A wrap: the update inside `times` times on the same rows, the track's own update-scope pieces anew before each
+    (noise is drawn again, targets are made again). It ends early where the update inside says stop."""
+    logs, stop = inner(closure)
+    for _ in range(times - 1):
+        if stop:
+            break
+        track = closure.track
+        logs, stop = inner(closure.anew(scoped(kit, closure.batch, track.pieces, track.trains)))
+    return logs, stop
+
+
 class GivenClosure:
     """A closure whose gradient at the current parameters is known already; everything else of it is as it was."""
 
@@ -223,14 +250,16 @@ class GivenClosure:
         return getattr(self._closure, name)
 
 
-@piece(
-    "update", validate=lambda o: None if o["limit"] > 0 else f"limit={o['limit']} must be above 0", one_gradient=True
-)
+def _sane_limit(options: Mapping[str, Any]) -> str | None:
+    return None if options["limit"] > 0 else f"limit={options['limit']} must be above 0"
+
+
+@piece("update", validate=_sane_limit, one_gradient=True)
 def stopped_at(
     kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], limit: float = 0.015,
     metric: str = "approx_kl",
 ) -> tuple[Logs, bool]:  # fmt: skip
-    """A wrap: where a metric of the update's own terms is above `limit`, no step is taken, and no further one of this batch.
+    """A wrap: where a metric of the update's own terms is above `limit`, no step is taken, nor any more of this batch.
 
     It is looked at before each step, on that step's rows. Logs `stopped`, the share of updates that were not made.
     """

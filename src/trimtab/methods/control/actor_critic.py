@@ -17,6 +17,7 @@ from trimtab.stages.terms import approx_kl, entropy_bonus, value_error
 from trimtab.stages.update import adamw, rmsprop, stopped_at
 
 Rate = float | Schedule
+DECAY = linear(3e-4, 0.0)
 
 
 def entropy_pieces(coef: float) -> tuple[Piece, ...]:
@@ -76,7 +77,7 @@ def ppo(
     horizon: int = 2048,
     rows: int | None = 64,
     passes: int = 10,
-    lr: Rate = linear(3e-4, 0.0),
+    lr: Rate = DECAY,
     gamma: float = 0.99,
     lam: float = 0.95,
     clip_at: float = 0.2,
