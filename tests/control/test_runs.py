@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.control.worlds import register
-from tests.faults.common import Said, Say, refused
-from trimtab.core.errors import MethodError, TrimtabError
+from tests.faults.common import Say, refused
+from trimtab.core.errors import MethodError
 from trimtab.core.loop import begin
 from trimtab.core.state import Clock, checkpoints, load
 from trimtab.environments.gym import GymEnvironment
@@ -30,7 +28,7 @@ from trimtab.runs.worlds import build, world_of
 register()
 COUNTER = "TrimtabCounter-v0"
 SMALL = ("ppo.hidden",)
-METHOD = "ppo(horizon=8, rows=None, passes=1, hidden=(8,))"
+METHOD = "ppo(horizon=8, rows=None, passes=1, hidden=(8,), lr=1e-3)"  # a schedule would depend on the budget
 
 
 @pytest.fixture
@@ -62,7 +60,11 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_folder_has_everything_and_names_what_it_was_made_of(whole: Path) -> None:
     folder = RunFolder(whole)
     config = folder.config()
-    assert (config["world"], config["environment"]["name"], config["environment"]["envs"]) == ("control", "CartPole-v1", 2)
+    assert (config["world"], config["environment"]["name"], config["environment"]["envs"]) == (
+        "control",
+        "CartPole-v1",
+        2,
+    )
     assert "gymnasium" in config["versions"]
     assert config["policy"]["parameters"]["policy"] > 0
     assert [r["turn"] for r in folder.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -107,8 +109,10 @@ def test_eval_reads_a_run_and_refuses_another_space(whole: Path, say: Say) -> No
     made = json.loads(said.out)["eval"]
     assert made["after"]["n"] == made["before"]["n"] == 2
     assert made["after"]["unit"] == "return"
-    refused(say("eval", str(whole), "--env", "Pendulum-v1"), "observation_space", "only be evaluated where they are alike")
-    refused(say("eval", str(whole), "--samples", "4"), "--eval-samples is an option of language methods")
+    refused(
+        say("eval", str(whole), "--env", "Pendulum-v1"), "observation_space", "only be evaluated where they are alike"
+    )
+    refused(say("eval", str(whole), "--temperature", "1"), "--eval-temperature is an option of language methods")
 
 
 def test_eval_closes_its_environments(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +244,12 @@ def test_a_run_that_cannot_be_is_refused_before_a_folder_is_made(
 def test_options_and_environments_of_control_are_refused_by_language_methods(tmp_path: Path, say: Say) -> None:
     out = str(tmp_path / "a")
     refused(say("train", "grpo", "--env", "toy:sum", "--out", out), "add --policy")
-    refused(say("train", "grpo", "--env", "toy:sum", "--policy", "nano", "--envs", "2", "--out", out), "--envs is an option")
-    refused(say("train", "grpo", "--env", "Pendulum-v1", "--policy", "nano", "--out", out), "Pendulum-v1", "control method")
+    refused(
+        say("train", "grpo", "--env", "toy:sum", "--policy", "nano", "--envs", "2", "--out", out), "--envs is an option"
+    )
+    refused(
+        say("train", "grpo", "--env", "Pendulum-v1", "--policy", "nano", "--out", out), "Pendulum-v1", "control method"
+    )
 
 
 @pytest.mark.parametrize(

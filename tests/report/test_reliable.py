@@ -20,10 +20,7 @@ def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
 def test_the_chance_of_improvement_counts_pairs_and_half_of_the_ties() -> None:
     x, y = np.array([[1.0, 3.0], [2.0, 3.0], [3.0, 0.0]]), np.array([[2.0, 3.0], [0.0, 1.0]])
     by_hand = np.mean(
-        [
-            np.mean([(a > b) + 0.5 * (a == b) for a, b in itertools.product(x[:, task], y[:, task])])
-            for task in range(2)
-        ]
+        [np.mean([(a > b) + 0.5 * (a == b) for a, b in itertools.product(x[:, task], y[:, task])]) for task in range(2)]
     )
     assert improvement(x, y) == pytest.approx(by_hand)
     assert improvement(y, x) == pytest.approx(1 - by_hand)

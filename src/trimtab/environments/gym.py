@@ -56,7 +56,7 @@ class GymEnvironment:
         self._zeros = np.zeros(max(envs, math.prod(self._shape)), np.float32)
         self._prepare_actions()
         self._started = False
-        self._first = self._next_episode = first
+        self._first_episode = self._next_episode = first
         self._episode = [0] * envs
         self._total, self._length = [0.0] * envs, [0] * envs
         self._played: list[list[Any]] = [[] for _ in range(envs)]
@@ -222,7 +222,7 @@ class GymEnvironment:
         """Play the running episodes again. Raises CheckpointError where they do not lead to what was saved."""
         self._started = bool(state["started"])
         if not self._started:
-            self._next_episode, self.finished = self._first, []
+            self._next_episode, self.finished = self._first_episode, []
             return
         if len(state["episode"]) != self.envs:
             raise CheckpointError(f"the checkpoint has {len(state['episode'])} environments, and this run {self.envs}")

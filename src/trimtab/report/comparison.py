@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.report.compare import Curve, curve, overlay
 from trimtab.report import reliable
+from trimtab.report.compare import Curve, curve, overlay
 from trimtab.report.folder import RunFolder
 from trimtab.report.keys import dead_share, look_up
 from trimtab.report.page import document, section

@@ -105,7 +105,12 @@ def summarised(arms: Sequence[str], runs: Sequence[Run], metric: str) -> list[di
     scores = {arm: [r.values[metric] for r in runs if r.arm == arm and metric in r.values] for arm in arms}
     made = []
     for arm in (a for a in arms if scores[a]):
-        row: dict[str, Any] = {"arm": arm, "metric": metric, "n": len(scores[arm]), **_named("iqm", *iqm_interval(scores[arm]))}
+        row: dict[str, Any] = {
+            "arm": arm,
+            "metric": metric,
+            "n": len(scores[arm]),
+            **_named("iqm", *iqm_interval(scores[arm])),
+        }
         if arm != arms[0] and scores[arms[0]]:
             row["improvement"] = _named("value", *improvement_interval(scores[arm], scores[arms[0]]))
         made.append(row)

@@ -62,8 +62,8 @@ class ControlExperiment:
         return iter(())
 
     def export(self, folder: Path, state: State) -> None:
-        """`NAME.safetensors` for every network, `acting.safetensors` with what acting reads beside (running moments), and
-        `model.json` with what builds them again.
+        """`NAME.safetensors` for every network, `acting.safetensors` with what acting reads beside (running moments),
+        and `model.json` with what builds them again.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for name, module in self.models.items():

@@ -222,7 +222,9 @@ def evaluate_folder(
     trained = request_of(folder)
     asked = {"eval_problems": problems, **{f"eval_{name}": value for name, value in options.items()}}
     request = replace(trained, **{name: value for name, value in asked.items() if value is not None})
-    if env is not None:
+    if env is not None and world_of(trained.method) == "control":  # its networks fit the spaces that it trained in
+        request = replace(request, eval_env=env)
+    elif env is not None:
         request = replace(request, env=env, eval_env=None, reward=None, prompt=None)
     started = time.perf_counter()
     with closing(build(request)) as made:

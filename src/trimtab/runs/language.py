@@ -88,8 +88,8 @@ def build_language(request: Request, method: Method) -> LanguageExperiment:
     for text in (request.env, request.eval_env or ""):
         if re.search(r"-v\d+(\(|$)", text.strip()) and ".jsonl" not in text and ":" not in text:
             raise EnvironmentFailure(
-                f"{request.method} is a language method, and {text!r} looks like a Gymnasium id, which a control method "
-                f"acts in (trimtab methods lists them). {FORMS}"
+                f"{request.method} is a language method, and {text!r} looks like a Gymnasium id, in which a control "
+                f"method acts (trimtab methods lists them). {FORMS}"
             )
     quiet.disable_progress_bar()
     rules: dict[str, Any] = {"seed": request.seed, "reward": request.reward, "prompt": request.prompt}
