@@ -178,8 +178,9 @@ def _curves(made: Made, folders: Mapping[str, Sequence[RunFolder]], held_out: by
     small = []
     for i, (title, unit, hint, read) in enumerate(_PANELS):
         if series := _series(history, read):
+            named = title.replace("Response", words.response)
             picture = overlay(
-                series, title=title, x_label="decisions", y_label=unit, theme="page", name=f"panel{i}", size=SMALL,
+                series, title=named, x_label="decisions", y_label=unit, theme="page", name=f"panel{i}", size=SMALL,
                 smoothed=True, seeds=False, whole=False, labels=False,
             )  # fmt: skip
             small.append((picture, hint))
