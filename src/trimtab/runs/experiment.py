@@ -150,18 +150,20 @@ def _go(
             tally.pending.append(made.measured(step))
             last = state.clock.reached(request.budget)
             evaluating = last or request.evaluations.due(state.clock, before)
-            saving = last or interrupted() or request.saves.due(state.clock, before)
+            saving = last or request.saves.due(state.clock, before)
             if evaluating or saving or records.due(state.clock, before):
                 _record_turn(made, folder, view, tally, step)
             if step.turn == 1 or evaluating:
                 folder.write_samples(made.sample(step))
             if evaluating:
                 _record_evaluation(made, folder, view, tally, state, "after" if last else f"turn {step.turn}")
-            if saving:
+            tally.stopped = interrupted() and not last
+            if tally.stopped and tally.pending:
+                _record_turn(made, folder, view, tally, step)
+            if saving or tally.stopped:
                 folder.sync()
                 save(state, folder.checkpoints, keep=request.keep)
-            if interrupted() and not last:
-                tally.stopped = True
+            if tally.stopped:
                 break
             started, before = time.perf_counter(), state.clock.progress
         if not tally.stopped:
