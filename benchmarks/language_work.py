@@ -275,6 +275,10 @@ def main() -> None:
         ("theirs", "decode"): theirs_decode,
         ("theirs", "train"): theirs_train,
     }
+    if side == "ours":  # as our command line does
+        from trimtab.machine import keep_freed_memory
+
+        keep_freed_memory()
     made = works[side, work](size)
     print(json.dumps({**made, "versions": versions()}))
 
