@@ -274,6 +274,10 @@ class LanguagePolicy(nn.Module):
         return packing.attending(self.causal, "eager" if small and plain else config._attn_implementation)
 
     # -- sampling -----------------------------------------------------------------------------------------------
+    def stamp(self) -> tuple[Any, ...]:
+        """Equal as long as no parameter changed."""
+        return _stamp(self.model.parameters())
+
     def touch(self) -> None:
         """Say that parameters changed in a way torch cannot see (through `.data` or numpy)."""
         self._working.touched = True
