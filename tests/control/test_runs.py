@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trimtab.environments.gym import GymEnvironment
 from trimtab.policies import networks
 from trimtab.report.folder import RunFolder
 from trimtab.returns import HELD_OUT, evaluated
+from trimtab.runs import experiment
 from trimtab.runs.experiment import evaluate_folder, resume, train
 from trimtab.runs.request import Request
 from trimtab.runs.rhythm import Rhythm
@@ -144,6 +146,29 @@ def test_a_run_left_open_is_spread_over_its_budget(tmp_path: Path) -> None:
     assert len(folder.metrics()) == 64
     assert Request(METHOD, "", COUNTER, "").budget == {"decisions": 100_000}
     assert Request("grpo", "nano", "toy:sum", "").budget == {"turns": 60}
+
+
+def test_a_resumed_run_is_evaluated_when_the_whole_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def request(out: str) -> Request:
+        return Request(METHOD, "", COUNTER, str(tmp_path / out), decisions=30 * 8, eval_problems=1, threads=1)
+
+    record = experiment._record_turn
+
+    def interrupted(made: Any, folder: Any, view: Any, tally: Any, step: Any) -> None:
+        record(made, folder, view, tally, step)
+        if step.turn == 17:
+            signal.raise_signal(signal.SIGINT)
+
+    train(request("whole"), mode="silent")
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_record_turn", interrupted)
+        assert not train(request("half"), mode="silent")["finished"]
+    assert resume(tmp_path / "half", mode="silent")["finished"]
+    turns = [[e["turn"] for e in RunFolder(tmp_path / out).evaluations()] for out in ("whole", "half")]
+    assert turns[0] == turns[1]
+    assert len(turns[0]) == 21
+    mine, theirs = tensors(tmp_path / "half"), tensors(tmp_path / "whole")
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
 def test_a_rhythm_is_due_so_many_times_over_the_budget() -> None:

@@ -144,6 +144,7 @@ def _go(
         if not tally.before:
             _record_evaluation(made, folder, view, tally, state, stage="before")
         loop = run(made.method, made.environment, made.models, until=request.budget, state=state, memory=request.memory)
+        state.clock.budget = request.budget  # what is due follows from progress, also in the first turn after a resume
         started, before = time.perf_counter(), state.clock.progress
         for step in saved_if_not_finite(loop, state, folder, request.keep):
             tally.seconds += time.perf_counter() - started
