@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ class Gradient:
     @cached_property
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
-        return torch.nn.utils.get_total_norm(list(self.grads.values()))
+        grads = list(self.grads.values())
+        if all(g.device == grads[0].device for g in grads):  # quicker, and the same to the bit
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return torch.nn.utils.get_total_norm(grads)
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,14 @@ class Closure:
     def __init__(self, kit: Kit, track: Track, batch: Batch) -> None:
         self.kit, self.track, self.batch = kit, track, batch
         self.model: nn.Module = kit.models[track.trains]
-        self.losses = track.of("loss")
-        self.wants = frozenset().union(*(p.union("wants") for p in self.losses))
-        self._unit = next((p.core.options["unit"] for p in self.losses if p.core.options["unit"] != "row"), "row")
+        known = track.losses
+        self.losses, self.wants, self._unit, self._idle = known.pieces, known.wants, known.unit, known.idle
         self._ready: tuple[int, dict[str, Tensor]] | None = None
-        self._own: dict[str, Tensor] | None = None  # `params`, once looked up
-        self._replaced = 0  # how many contexts have put others in their place
-        scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
-        if scoped:
-            self._prepare(scoped)
+        self._short = False  # whether a policy's short cut to its gradient may be taken
+        self._back: tuple[dict[str, Tensor], Any] | None = None  # what it took: results, and the way back
+        self._replaced = 0  # how many contexts have put other parameters in their place
+        if known.scoped:
+            self._prepare(list(known.scoped))
 
     def anew(self, rows: Batch) -> Closure:
         """The same track on other rows."""
@@ -76,12 +79,9 @@ class Closure:
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        if self._replaced or self._own is None:
-            made = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            if self._replaced:
-                return made
-            self._own = made
-        return dict(self._own)
+        if self._replaced:
+            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self.kit.trained(self.track.trains))
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -92,23 +92,27 @@ class Closure:
         with self._at(params) as at:
             mine = list(at.values())
             loss = mine[0].new_zeros(())
+            self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
                 values = {name: t.sum() for name, t in terms.items()}
+                totals: dict[int, Tensor] = {}  # metrics of one loss share their weights
                 for name, v in values.items():
                     sums[name] = sums[name] + v.detach() if name in sums else v.detach()
                     if terms[name].metric:
-                        weight = terms[name].weight.sum()
-                        weighed[name] = weighed[name] + weight if name in weighed else weight
+                        weight = terms[name].weight
+                        total = totals[id(weight)] if id(weight) in totals else weight.sum()
+                        totals[id(weight)] = total
+                        weighed[name] = weighed[name] + total if name in weighed else total
                 added = [v for name, v in values.items() if not terms[name].metric]
                 if not added:
                     continue
-                value = torch.stack(added).sum() if len(added) > 1 else added[0]
+                value = sum(added[1:], added[0])
                 loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
                 with phase("backward"):
-                    new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+                    new = self._gradient(value, mine, create_graph)
                 if create_graph:
                     grads = [g + n for g, n in zip(grads, new)]
                 elif grads:
@@ -116,10 +120,21 @@ class Closure:
                 else:
                     grads = new
             grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
+            self._short = False
             reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, [name for name in sums if name not in weighed])
+        return made
+
+    def _gradient(self, value: Tensor, mine: list[Tensor], create_graph: bool) -> list[Tensor]:
+        back, self._back = self._back, None
+        if back is None:
+            return list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+        results, pull = back
+        found = torch.autograd.grad(value, list(results.values()), materialize_grads=True)
+        with torch.no_grad():
+            made: list[Tensor] = pull(dict(zip(results, found)))
         return made
 
     def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
@@ -142,14 +157,25 @@ class Closure:
 
     def _weights(self, rows: Batch) -> list[Tensor]:
         """For each loss, `[2, N, T]`: the weights of its terms, and those of its metrics (a mean over decisions)."""
-        double = next(self.model.parameters()).dtype == torch.float64
-        return [weights(rows, p.core.options, torch.float64 if double else torch.float32) for p in self.losses]
+        double = next(iter(self.params.values())).dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        made: dict[Any, Tensor] = {}
+        for p in self.losses:
+            o = p.core.options
+            key = (o["rows"], o["per"])
+            if key not in made:
+                made[key] = weights(rows, o, dtype)
+        return [made[p.core.options["rows"], p.core.options["per"]] for p in self.losses]
 
     def _micro(self, where: Tensor | None) -> Iterator[dict[str, Weighted]]:
         rows = self._rows(where)
         scale = self._weights(rows)
         live = self._live(rows)
-        parts = split(units(rows, self._unit), self.kit.memory) if live is None else self._live_parts(rows, live)
+        memory = self.kit.memory
+        if live is None and (memory is None or memory >= len(rows)):
+            yield self._terms(rows, scale)
+            return
+        parts = split(units(rows, self._unit), memory) if live is None else self._live_parts(rows, live)
         for part in parts:
             whole = len(parts) == 1 and len(part) == len(rows)
             micro = rows if whole else rows.take(part)
@@ -160,10 +186,9 @@ class Closure:
 
         A wrap may add to what it surrounds, so it must declare that too.
         """
-        tests = [q.idle for p in self.losses for q in p.walk() if q.stage == "loss"]
-        if not tests or None in tests:
+        if self._idle is None:
             return None
-        dead = torch.stack([test(rows.guarded(None)) for test in tests if test]).all(0)
+        dead = torch.stack([test(rows.guarded(None)) for test in self._idle]).all(0)
         return None if not bool(dead.any()) else ~dead
 
     def _live_parts(self, rows: Batch, live: Tensor) -> list[Tensor]:
@@ -180,13 +205,16 @@ class Closure:
         count_rows(plain)
         now = self._now(rows)
         made: dict[str, Weighted] = {}
+        views: dict[int, tuple[Tensor, ...]] = {}
         for p, weight in zip(self.losses, scale):
             per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
+            whole = chosen is None
+            cuts = views.get(id(weight)) or views.setdefault(id(weight), weight.unbind(0))
             for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
-                cut = weight[1 if term.metric else 0]
-                cut = cut if chosen is None else cut[chosen]
+                cut = cuts[1 if term.metric else 0]
+                cut = cut if whole else cut[chosen]
                 if term.metric and term.value.dim() == 1:  # each row counts once, however long it is
                     cut = (cut.sum(1, keepdim=True) > 0).to(cut.dtype)
                 if term.value.shape != cut.shape[: max(term.value.dim(), 1)]:
@@ -208,7 +236,11 @@ class Closure:
         if ahead is not None:
             return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
-        return model.evaluate(rows.guarded(None), self.wants)
+        short = model.pullback(rows.guarded(None), self.wants) if self._short and hasattr(model, "pullback") else None
+        if short is None:
+            return model.evaluate(rows.guarded(None), self.wants)
+        self._back = ({name: made.requires_grad_() for name, made in short[0].items()}, short[1])
+        return self._back[0]
 
     def _version(self) -> int:
         return version(self.model)
@@ -276,7 +308,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if torch.isfinite(made.loss) and torch.isfinite(made.norm):
+        if math.isfinite(float(made.loss.detach() + made.norm)):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

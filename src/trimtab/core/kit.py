@@ -69,6 +69,7 @@ class Kit:
         self.models: Mapping[str, nn.Module] = state.lookup()
         self.environment: Any = state.environment
         self.clock: Clock = state.clock
+        self._trained: dict[str, dict[str, Tensor]] = {}
         self._decided: list[int] = []  # shared by the kits that `of` hands out, like the logs
         self.single = True
         self.preparing = True
@@ -83,6 +84,13 @@ class Kit:
         other = copy.copy(self)
         other.state = Own(self._tree.pieces, self.scope, piece)
         return other
+
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a model that are trained, by name; looked up once a turn."""
+        if name not in self._trained:
+            named = self.models[name].named_parameters()
+            self._trained[name] = {n: p for n, p in named if p.requires_grad}
+        return self._trained[name]
 
     def rng(self, name: str) -> torch.Generator:
         """A named random stream of the run; it is saved, and it does not depend on any other stream."""
@@ -211,7 +219,8 @@ class Kit:
         """
         self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
         self.preparing = True
-        chosen = some_of(batch, piece.core.options["rows"]) if piece.stage in ("credit", "select") else None
+        reserved = piece.core.options
+        chosen = some_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else None
         if chosen is None:
             return self._guarded(piece, batch, *now)
         made = batch.take(chosen)
@@ -255,11 +264,16 @@ class Kit:
         logs, self._logs[:] = list(self._logs), []
         if not logs:
             return {}
-        far = [i for i, (_, v) in enumerate(logs) if isinstance(v, Tensor) and not v.is_cpu]
-        read = torch.stack([logs[i][1].double() for i in far]).tolist() if far else []
-        for i, value in zip(far, read):
-            logs[i] = (logs[i][0], value)
+        values: list[Any] = [v for _, v in logs]
+        alike: dict[Any, list[int]] = {}
+        for i, v in enumerate(values):
+            if isinstance(v, Tensor):
+                alike.setdefault((v.dtype, v.device), []).append(i)
+        for places in alike.values():
+            read = torch.stack([values[i] for i in places]).double().tolist()
+            for i, number in zip(places, read):
+                values[i] = number
         sums: dict[str, list[float]] = {}
-        for name, v in ((name, float(v)) for name, v in logs):
-            sums.setdefault(name, []).append(v)
+        for (name, _), v in zip(logs, values):
+            sums.setdefault(name, []).append(float(v))
         return {name: sum(v) / len(v) for name, v in sums.items()}

@@ -90,8 +90,8 @@ def normalised(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 1e-8) ->
 
     All-equal advantages, and a single one, become exactly 0: they say of no decision that it was better.
     """
-    advantage, keep = batch["advantage"], mask_of(batch).bool()
-    every = bool(keep.all())
+    advantage, every = batch["advantage"], batch.same("keep" if "keep" in batch else "mask") == 1
+    keep = None if every else mask_of(batch).bool()
     chosen = advantage if every else advantage[keep]
     if chosen.numel() < 2:
         return batch.put(advantage=torch.zeros_like(advantage))

@@ -55,14 +55,16 @@ def natural(
     max_kl: float = 0.01,
     damping: float = 0.1,
     iterations: int = 15,
+    tolerance: float = 1e-10,
     lr: float | None = None,
     search: Callable[..., float] | None = None,
 ) -> tuple[Logs, bool]:
     """`theta <- theta - s x` with `(F + damping) x = g`, `g` the gradient of the loss, `F` the Hessian of the mean KL.
 
     `s = sqrt(2 max_kl / (x^T (F + damping) x))`, so that the KL is max_kl to second order; or `lr`, where that is
-    given. iterations: of conjugate gradient. search: what makes sure of the KL and of an improvement, and may shorten
-    the step; None takes it as it is. The loss needs a metric `kl` (`kl_from_old`). A zero gradient makes no step.
+    given. iterations: of conjugate gradient, fewer once the squared residual is below `tolerance`. search: what makes
+    sure of the KL and of an improvement, and may shorten the step; None takes it as it is. The loss needs a metric `kl`
+    (`kl_from_old`). A zero gradient makes no step.
     Kakade 2001; Schulman et al. 2015, arXiv 1502.05477, appendix C.
     """
     made = closure()
@@ -71,7 +73,7 @@ def natural(
         return {**logs, "step": 0.0}, False
     product = fisher_product(closure, damping)
     gradient = list(made.grads.values())
-    direction = conjugate_gradient(product, gradient, iterations)
+    direction = conjugate_gradient(product, gradient, iterations, tolerance)
     curvature = dot(direction, product(direction))
     if not bool(curvature > 0):  # nothing but rounding is left of a direction
         return {**logs, "step": 0.0}, False
@@ -158,9 +160,7 @@ def fisher_product(closure: Closure, damping: float) -> Callable[[Vector], Vecto
     return product
 
 
-def conjugate_gradient(
-    product: Callable[[Vector], Vector], b: Vector, iterations: int, tolerance: float = 1e-10
-) -> Vector:
+def conjugate_gradient(product: Callable[[Vector], Vector], b: Vector, iterations: int, tolerance: float) -> Vector:
     """`x` with `product(x) = b`, from 0; stops early where the squared residual is below `tolerance`."""
     x = [torch.zeros_like(v) for v in b]
     r, p, left = list(b), list(b), dot(b, b)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.batch import Batch
+from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
 from trimtab.stages.advantage import discounted
@@ -89,8 +90,13 @@ class NormalisedActor:
 
 
 def obs_moments(kit: Kit, options: Mapping[str, Any]) -> Moments:
-    """Of one observation of the environment."""
-    return Moments(tuple(kit.environment.observation_space.shape))
+    """Of one observation of the environment. Raises MethodError where observations are numbers of states."""
+    space = kit.environment.observation_space
+    if type(space).__name__ != "Box":
+        raise MethodError(
+            f"normalised_obs: observations of {space} are no measurements, so they have no mean; set normalise_obs=False"
+        )
+    return Moments(tuple(space.shape))
 
 
 @piece("act", state={"obs_moments": obs_moments}, validate=_sane)
