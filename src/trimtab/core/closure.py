@@ -21,6 +21,7 @@ from trimtab.core.stopwatch import count_rows, phase, timed
 from trimtab.core.terms import Term, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
+SMALL = 2**16  # numbers: of more, a copy takes longer than one norm for each tensor
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Gradient:
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
         grads = list(self.grads.values())
-        if all(g.device == grads[0].device for g in grads):  # quicker, and the same to the bit
-            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL and all(g.is_cpu for g in grads):
+            return torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))  # quicker
         return torch.nn.utils.get_total_norm(grads)
 
 

@@ -87,7 +87,7 @@ class Gaussian(nn.Module):
             return None
         mean, into = passed
         with torch.no_grad():
-            shape, inverse = batch["mask"].shape, (-log_std).exp()
+            shape, inverse = batch["action"].shape[:2], (-log_std).exp()
             z = (batch["action"].flatten(2).flatten(0, 1) - mean) * inverse
             logp = -0.5 * z.square().sum(-1) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
             made = {"logp": logp.view(shape)}
@@ -127,7 +127,10 @@ class Gaussian(nn.Module):
             mean = self.mean(self.inputs(obs))
             noise = torch.empty_like(mean).normal_(generator=rng)
             action = self._outer(mean + self.log_std.exp() * noise)
-            return Decision(action.reshape(-1, *self.shape), self.density(mean, action)), carry
+            if self.bounded:
+                return Decision(action.reshape(-1, *self.shape), self.density(mean, action)), carry
+            logp = -0.5 * noise.square().sum(-1) - (self.log_std.sum() + len(self.log_std) * LOG_SQRT_2PI)
+            return Decision(action.reshape(-1, *self.shape), logp), carry
 
     def mode(self, obs: Tensor) -> Tensor:
         """The mean, or what `tanh` makes of it: the mode of the Gaussian that is squashed."""
@@ -174,7 +177,7 @@ class Categorical(nn.Module):
             return None
         logits, into = passed
         with torch.no_grad():
-            shape, every = batch["mask"].shape, logits.log_softmax(-1)
+            shape, every = batch["action"].shape[:2], logits.log_softmax(-1)
             action = batch["action"].reshape(-1, 1).long()
             made = {"logp": every.gather(-1, action).view(shape)}
             probs = every.exp()
@@ -237,7 +240,7 @@ class Value(nn.Module):
         if passed is None:
             return None
         made, into = passed
-        return {"value": made.view(batch["mask"].shape)}, lambda grads: into(grads["value"].reshape(-1, 1))
+        return {"value": made.view(batch["obs"].shape[:2])}, lambda grads: into(grads["value"].reshape(-1, 1))
 
 
 class ActorCritic(nn.Module):

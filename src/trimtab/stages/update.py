@@ -71,15 +71,15 @@ def descend(
 ) -> None:
     """One step of a torch optimiser along a gradient no longer than `clip`, with the settings of this moment."""
     grads = list(made.grads.values())
-    scale = 1.0 if clip is None else clip / (float(made.norm) + 1e-6)
-    if scale < 1:
-        torch._foreach_mul_(grads, scale)
-    if isinstance(optimizer, torch.optim.AdamW) and _fused(optimizer, parameters, grads, settings):
-        return
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
+    scale = 1.0 if clip is None else min(1.0, clip / (float(made.norm) + 1e-6))
     for group in optimizer.param_groups:
         group.update(settings)
+    if isinstance(optimizer, torch.optim.AdamW) and _fused(optimizer, parameters, grads, scale, settings):
+        return
+    if scale < 1:
+        torch._foreach_mul_(grads, scale)
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = grad
     optimizer.step()
     torch.autograd.graph.increment_version(parameters)  # a fused step leaves versions as they were
     optimizer.zero_grad(set_to_none=True)
@@ -90,23 +90,35 @@ def _fused(
     optimizer: torch.optim.AdamW,
     parameters: list[torch.nn.Parameter],
     grads: list[Tensor],
+    scale: float,
     settings: Mapping[str, Any],
 ) -> bool:
-    """`AdamW.step` without what surrounds its kernel, which takes three times as long for a small network.
+    """`AdamW.step` on `scale` times the gradient, without what surrounds its kernel: that takes a small network longer.
 
-    False, and nothing done, before the first step of any parameter or where they differ in type or place.
+    False, and nothing done, before the first step of any parameter, or where they differ in type, place or age.
     """
-    held = [optimizer.state.get(p) for p in parameters]
+    held: list[Any] = [optimizer.state.get(p) for p in parameters]
     first = parameters[0]
-    if not all(held) or any(p.dtype != first.dtype or p.device != first.device for p in parameters):
+    if not first.is_cpu or not all(held) or any(p.dtype != first.dtype or not p.is_cpu for p in parameters):
         return False
-    steps = [h["step"] for h in held]  # type: ignore[index]
-    first_moments, second_moments = ([h[name] for h in held] for name in ("exp_avg", "exp_avg_sq"))  # type: ignore[index]
-    torch._foreach_add_(steps, 1)
+    step = held[0]["step"]
+    for h in held:
+        if h["step"] is not step:
+            if h["step"] != step:
+                return False
+            h["step"] = step  # parameters of one age share one count
+    step += 1
+    by = None
+    if scale < 1 and first.dtype == torch.float32:
+        by = torch.tensor(1 / scale)  # the kernel divides by it, and has it in float32
+    elif scale < 1:
+        torch._foreach_mul_(grads, scale)
+    first_moments, second_moments = ([h[name] for h in held] for name in ("exp_avg", "exp_avg_sq"))
     beta1, beta2 = settings["betas"]
     torch._fused_adamw_(
-        parameters, grads, first_moments, second_moments, [], steps, lr=settings["lr"], beta1=beta1, beta2=beta2,
-        weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
+        parameters, grads, first_moments, second_moments, [], [step] * len(held), lr=settings["lr"], beta1=beta1,
+        beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
+        grad_scale=by,
     )  # fmt: skip
     torch.autograd.graph.increment_version(parameters)  # the kernel leaves versions as they were
     return True
