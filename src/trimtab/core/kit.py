@@ -201,7 +201,9 @@ class Kit:
         if name not in self._ahead:
             return None
         parameters, columns, made = self._ahead.pop(name)
-        same = all(p._version == v for p, v in parameters) and all(batch.columns.get(k) is v for k, v in columns.items())
+        same = all(p._version == v for p, v in parameters) and all(
+            batch.columns.get(k) is v for k, v in columns.items()
+        )
         return made if same and want <= made.keys() else None
 
     # -- running pieces -----------------------------------------------------------------------------------------
