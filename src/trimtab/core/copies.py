@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError
 from trimtab.core.piece import Schedule
@@ -172,7 +172,7 @@ class Kept:
         """module <- (1 - weight) module + weight source; weight 1 is an exact copy. Buffers are always copied."""
         if source is self.module:
             return
-        mine, theirs = list(self.module.parameters()), list(source.parameters())
+        mine, theirs = list[Tensor](self.module.parameters()), list[Tensor](source.parameters())
         if weight == 1.0:
             torch._foreach_copy_(mine, theirs)
         else:

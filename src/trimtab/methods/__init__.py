@@ -1,11 +1,11 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.control import actor_critic as actor_critic
 from trimtab.methods.control import ddpg as ddpg
 from trimtab.methods.control import dqn as dqn
+from trimtab.methods.control import natural_gradient as natural_gradient
 from trimtab.methods.control import sac as sac
 from trimtab.methods.control import td3 as td3
-from trimtab.methods.control import actor_critic as actor_critic
-from trimtab.methods.control import natural_gradient as natural_gradient
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
