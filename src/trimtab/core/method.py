@@ -189,7 +189,13 @@ class Method:
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
 
     def set(self, path: str, value: Any) -> Method:
-        """Give an option another value, as a user does. A later edit that would lose it is refused."""
+        """Give an option another value, as a user does. A later edit that would lose it is refused.
+
+        A method that runs in phases gives it to every phase that has the option.
+        """
+        having = [p.name for p in self.phases if path in p.method.flatten()]
+        if having:
+            return self.each(lambda name, method: method.set(path, value) if name in having else method)
         track, piece, rest = self.locate(path)
         if not rest:
             raise MethodError(f"{path!r} is a whole piece; name one of its options. {nearest('', piece.options)}")
@@ -265,6 +271,9 @@ class Method:
         for name, value in fields.items():
             if name not in FIELDS[:4]:
                 raise MethodError(f"a method has no field {name!r} to change. {nearest(name, FIELDS)}")
+            if name in ("rows", "passes") and self.phases:
+                made = made.each(lambda _, method, only={name: value}: method.but(**only))  # type: ignore[misc]
+                continue
             if name in ("rows", "passes") and getattr(made, name) != value:
                 if not (isinstance(value, int) and value >= 1) and (name, value) != ("rows", None):
                     raise MethodError(f"{name}={value!r} must be a whole number of at least 1")

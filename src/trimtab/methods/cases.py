@@ -25,6 +25,8 @@ class Case:
 
     def shrink(self, method: Method) -> Method:
         """The method with this case's settings."""
+        if method.phases:
+            return method.each(lambda _, inside: self.shrink(inside))
         known = method.flatten()
         for path, value in self.small.items():
             if path in known:

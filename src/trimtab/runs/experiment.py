@@ -18,6 +18,7 @@ from trimtab.core.loop import Step, begin, run
 from trimtab.core.method import Method, show
 from trimtab.core.registry import parse
 from trimtab.core.state import State, checkpoints, load, save
+from trimtab.core.terms import rows_of
 from trimtab.evaluation import Evaluation, Evaluator, answer_length, whole_numbers
 from trimtab.machine import threads_for
 from trimtab.report.folder import RunFolder
@@ -342,8 +343,9 @@ def of_batch(batch: Batch, logs: Mapping[str, float]) -> dict[str, float]:
     and no interval is given then.
     """
     made: dict[str, float] = {}
-    if "reward" in batch:
-        mean, low, high = mean_interval(batch.score().tolist())
+    played = rows_of(batch, "policy")  # demonstrations and replayed rows are not this policy's outcome
+    if "reward" in batch and bool(played.any()):
+        mean, low, high = mean_interval(batch.score()[played].tolist())
         made["reward"] = mean
         if abs(mean - logs.get("reward", mean)) < 1e-4:
             made |= {"reward_low": low, "reward_high": high}

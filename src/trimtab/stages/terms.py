@@ -77,3 +77,9 @@ def preference(
     d = d.detach()
     right = Term((d > 0).to(d.dtype), "preferred_right", metric=True)
     return [Term(value, "preference"), Term(beta * d, "margin", metric=True), right]
+
+
+@piece("loss", slot="entropy", reads=("mask",), wants=("entropy",), rows="policy")
+def entropy_bonus(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.01) -> list[Term]:
+    """`-coef H(pi(.|s))`: a wider policy costs less (Williams and Peng 1991)."""
+    return [Term(-coef * now["entropy"], "entropy_loss"), Term(now["entropy"].detach(), "entropy", metric=True)]
