@@ -139,6 +139,14 @@ class Method:
         _, piece, rest = self.locate(path)
         return piece.find(rest)
 
+    def has(self, path: str) -> bool:
+        """Whether there is a piece, part or option at an address."""
+        try:
+            self.get(path)
+        except MethodError:
+            return False
+        return True
+
     def flatten(self) -> dict[str, Any]:
         """`address -> value` of everything in force, in running order. Two methods are equal when these are."""
         rows: dict[str, Any] = {}
@@ -193,8 +201,10 @@ class Method:
 
         A method that runs in phases gives it to every phase that has the option.
         """
-        having = [p.name for p in self.phases if path in p.method.flatten()]
-        if having:
+        if self.phases:
+            having = [p.name for p in self.phases if p.method.has(path)]
+            if not having:
+                self.phases[-1].method.get(path)  # says what is there
             return self.each(lambda name, method: method.set(path, value) if name in having else method)
         track, piece, rest = self.locate(path)
         if not rest:

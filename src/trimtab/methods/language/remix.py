@@ -77,6 +77,8 @@ def remix(
     part l is 1 for so many turns, then falls by 0.1 each 10 turns to this. entropy: coefficient of an entropy bonus.
     """
     _fits(base)
+    if not 0 <= kl_floor <= 1:
+        raise MethodError(f"remix: kl_floor={kl_floor} must be in [0, 1], the least part of the KL to the reference")
     mixed = (
         base.wrap("collect", replayed(share=share, window=window))
         .wrap("surrogate.bound", recentred(measure=base.get("surrogate.ratio")))
