@@ -96,7 +96,9 @@ def test_a_field_of_the_prompt_template_that_the_file_lacks_is_named(say: Say) -
 
 
 def test_prompts_that_the_environment_does_not_know_are_named_once(say: Say) -> None:
-    with pytest.warns(TrimtabWarning, match=r"none of the prompts of 'experts.jsonl' is a question of 'problems.jsonl'"):
+    with pytest.warns(
+        TrimtabWarning, match=r"none of the prompts of 'experts.jsonl' is a question of 'problems.jsonl'"
+    ):
         go(experts(*shown("what?", "who?", "where?", "why?")), turns=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,11 +106,11 @@ def test_prompts_that_the_environment_does_not_know_are_named_once(say: Say) -> 
 
 
 def test_an_expert_file_without_responses_or_of_another_kind_is_refused(say: Say) -> None:
-    with pytest.raises(EnvironmentFailure, match="line 1 of experts.jsonl"):
+    with pytest.raises(EnvironmentFailure, match=r"line 1 of experts.jsonl"):
         go(experts({"prompt": "1+1="}))
     with pytest.raises(EnvironmentFailure, match="demonstrations are prompts with responses in a file"):
         go("toy:sum(limit=5)")
-    with pytest.raises(EnvironmentFailure, match="Did you mean 'experts.jsonl'"):
+    with pytest.raises(EnvironmentFailure, match=r"Did you mean 'experts.jsonl'"):
         go("exprts.jsonl")
 
 
@@ -175,8 +177,8 @@ def test_a_replay_smaller_than_one_update_is_refused(say: Say) -> None:
 
 
 def test_while_the_replay_is_short_all_of_it_is_used() -> None:
-    from tests.spikes.tokens import case
     from tests.golden.test_golden import toy
+    from tests.spikes.tokens import case
 
     environment, models = case(0)
     method = find("remix")(toy(find("grpo")()), share=0.75, window=3)

@@ -30,7 +30,10 @@ def remix(
     kl: float = 1e-3, eps: float = 0.2, passes: int = PASSES,
 ) -> Tensor:  # fmt: skip
     """start: pi_k. reference, previous: the two anchors (both pi_k where none is given). weight: lambda(t)."""
-    anchors = [(weight, start if reference is None else reference), (1 - weight, start if previous is None else previous)]
+    anchors = [
+        (weight, start if reference is None else reference),
+        (1 - weight, start if previous is None else previous),
+    ]
     learning = [i for i in range(len(batch)) if int(batch.source[i]) in (0, 2)]
     a = credit(batch, learning)
     places = [(i, t) for i in learning for t in twins.decisions(batch, i)]

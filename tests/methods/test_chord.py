@@ -100,7 +100,7 @@ def test_without_mu_the_demonstrations_change_nothing() -> None:
 def test_with_mu_one_only_demonstrations_are_learned_by_their_mean() -> None:
     base = test_golden.toy(find("grpo")())
     ours, step = moved(chord(base, mu=1.0, weight="none"))
-    environment, models = case(0)
+    _, models = case(0)
     start = models["policy"].state_dict()["logits"].clone()
     assert torch.allclose(ours, twins.sft(step.batch, start) - start, atol=1e-12)
 

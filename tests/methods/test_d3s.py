@@ -240,5 +240,5 @@ def test_it_selects_among_actions_of_any_kind() -> None:
 
 
 def test_a_policy_without_entropy_is_refused_before_the_first_step() -> None:
-    with pytest.raises(MethodError, match="entropy_old of d3s.* wants 'entropy' from the model 'policy'"):
+    with pytest.raises(MethodError, match=r"entropy_old of d3s.* wants 'entropy' from the model 'policy'"):
         next(run(d3s(control()), None, Choice(frozenset({"logp"})), until=1))

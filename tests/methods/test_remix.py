@@ -233,7 +233,9 @@ def test_settings_reach_both_phases_and_bad_ones_neither() -> None:
 # -- with others -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("expression", ["remix+bapo", "bapo+remix", "remix+dapo", "d3s+remix", "remix+gspo", "bnpo+remix"])
+@pytest.mark.parametrize(
+    "expression", ["remix+bapo", "bapo+remix", "remix+dapo", "d3s+remix", "remix+gspo", "bnpo+remix"]
+)
 def test_it_composes(expression: str) -> None:
     if expression == "bnpo+remix":  # its credit would forget that replayed rows have one
         with pytest.raises(MethodError, match=r"credit\.rows"):

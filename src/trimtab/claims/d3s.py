@@ -141,7 +141,8 @@ EQUAL = ("grpo", "random half", "d1s cross", "random d3s", "d3s")
 PARTS = (
     part("by plain gradient descent, success after 50 updates is above GRPO's by more than 0.1", "success_early", "d3s",
          "grpo", above(0.1), "random d3s", False, ratio=False),
-    part("after 150 updates it is above GRPO's", "success", "d3s", "grpo", above(0.0), "random d3s", False, ratio=False),
+    part("after 150 updates it is above GRPO's", "success", "d3s", "grpo", above(0.0), "random d3s", False,
+         ratio=False),
     part("after 150 updates it is above that without a schedule (D2S)", "success", "d3s", "d2s", above(0.0), "grpo",
          False, ratio=False),
     part("choosing across groups (D1S-Cross) ends above choosing inside them (D1S)", "success", "d1s cross", "d1s",

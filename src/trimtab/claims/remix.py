@@ -1,4 +1,4 @@
-"""ReMix on tokens: does replay save rollouts, is the moved clip what makes it work, and what does reuse cost in the end?
+"""ReMix on tokens: does replay save rollouts, is the moved clip what makes it work, and what does reuse cost?
 
 The problem of the card: 16 prompts, 4 places, 8 tokens, right when the tokens sum to the prompt's target modulo 4; 16
 rows a prompt in each batch, gone through in two halves; plain gradient descent on the mean over tokens, KL 0.05, 200
@@ -127,8 +127,9 @@ def on_tiny_part(says: str, metric: str, baseline: str) -> Part:
 
 CLAIM = Claim(
     method="remix",
-    statement="Rollouts of the last few steps can be used again if the clip is centred on the current policy: the same "
-    "quality is reached with a fraction of the rollouts, and starting over on policy avoids the lower ceiling of reuse.",
+    statement="Rollouts of the last few steps can be used again if the clip is centred on the current policy: the "
+    "same quality is reached with a fraction of the rollouts, and starting over on policy avoids the lower ceiling of "
+    "reuse.",
     mechanism=Study(arms={name: toy_arm(name) for name in ARMS}, parts=PARTS, measure=mechanism, seeds=8),
     full=Study(
         arms={name: tiny_arm(name) for name in TINY},

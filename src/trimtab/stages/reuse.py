@@ -161,7 +161,7 @@ def _convex_sane(options: Mapping[str, Any]) -> str | None:
 def kl_convex(
     kit: Kit, batch: Batch, now: Mapping[str, Tensor], *, coef: float = 1e-3, share: float = 0.5
 ) -> list[Term]:
-    """`coef (share KL(pi || reference) + (1 - share) KL(pi || previous))` per decision, k3 on the decisions in the batch.
+    """`coef (share KL(pi || reference) + (1 - share) KL(pi || previous))` per decision, k3 on the batch's decisions.
 
     k3 = exp(d) - d - 1, d = logp_anchor - logp. On replayed rows, which pi did not make, it estimates no KL but is as
     ever 0 at the anchor and positive elsewhere. share: in [0, 1], a number or a schedule. ReMix, arXiv 2507.06892.

@@ -52,7 +52,7 @@ def chord(
 
     The second mean is over expert tokens, `p` is their probability under the current policy. phi = p (1 - p) vanishes
     where the policy agrees already (which keeps its entropy) and where the token is nearly impossible for it (which
-    keeps its style); a policy that never gives an expert's token hardly learns it: use the preset "mu" for a cold start.
+    keeps its style); a policy that never gives an expert's token hardly learns it: preset "mu" is for a cold start.
     The base's losses and this one are both token means in the paper; with another `per` of the base mu means something
     else.
 

@@ -71,8 +71,8 @@ def remix(
     `loss = -min(r A, clip(r, max(c - 0.2, 0), c + 0.2) A) + kl (l k3(reference) + (1 - l) k3(previous))`, mean over
     tokens; `r = pi / pi_b`, `c = pi_k / pi_b`, both relative to the policy that made the row.
 
-    share: of the batch that is replayed, in [0, 1). window: turns whose rollouts are held, at least share / (1 - share).
-    passes: update-to-data ratio of the first phase. reincarnate: turns of the first phase, 50 (ReMix-GRPO) or 100
+    share: of the batch that is replayed, in [0, 1). window: turns whose rollouts are held, at least share /
+    (1 - share). passes: update-to-data ratio of the first phase. reincarnate: turns of the first phase, 50 (ReMix-GRPO) or 100
     (preset "long"); None never leaves it. kl: coefficient of both anchors together. kl_wait, kl_floor: the reference's
     part l is 1 for so many turns, then falls by 0.1 each 10 turns to this. entropy: coefficient of an entropy bonus.
     """
@@ -110,7 +110,9 @@ def remix(
 def _fits(base: Method) -> None:
     places = {slot: p.core for _, slot, p in base.places()}
     if "kl" in places:
-        raise MethodError(f"remix has a KL penalty of its own, and {base.name} has one already; give remix(kl=...) alone")
+        raise MethodError(
+            f"remix has a KL penalty of its own, and {base.name} has one already; give remix(kl=...) alone"
+        )
     shape = places["surrogate"].options.get("shape") if "surrogate" in places else None
     dual = None if shape is None else shape.core.options.get("dual")
     if dual is not None:
