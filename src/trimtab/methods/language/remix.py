@@ -72,9 +72,10 @@ def remix(
     tokens; `r = pi / pi_b`, `c = pi_k / pi_b`, both relative to the policy that made the row.
 
     share: of the batch that is replayed, in [0, 1). window: turns whose rollouts are held, at least share /
-    (1 - share). passes: update-to-data ratio of the first phase. reincarnate: turns of the first phase, 50 (ReMix-GRPO) or 100
-    (preset "long"); None never leaves it. kl: coefficient of both anchors together. kl_wait, kl_floor: the reference's
-    part l is 1 for so many turns, then falls by 0.1 each 10 turns to this. entropy: coefficient of an entropy bonus.
+    (1 - share). passes: update-to-data ratio of the first phase. reincarnate: turns of the first phase, 50 (ReMix-GRPO)
+    or 100 (preset "long"); None never leaves it. kl: coefficient of both anchors together. kl_wait, kl_floor: the
+    reference's part l is 1 for so many turns, then falls by 0.1 each 10 turns to this. entropy: coefficient of an
+    entropy bonus.
     """
     _fits(base)
     if not 0 <= kl_floor <= 1:
