@@ -57,7 +57,7 @@ def test_cat_pads_decisions_right_prompts_left_and_fills_what_is_missing() -> No
     assert both.reward[2].isnan().all(), "a reward that was never given must not look like a number"
     assert both.logp[:2].isnan().all()
     assert both.logp[2].tolist() == [-0.5, 0, 0], "padded like every other decision"
-    assert both.obs.shape == (3, 1, 2)
+    assert both.obs.shape == (3, 3, 2)
     assert both.obs[:2].isnan().all()
     assert {n: both[n].dtype for n in ("prompt", "mask", "group", "terminated")} == {
         "prompt": torch.int64, "mask": torch.bool, "group": torch.int64, "terminated": torch.bool,

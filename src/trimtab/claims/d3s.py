@@ -31,7 +31,7 @@ from trimtab.stages.downsample import top_share
 UPDATES, EARLY = 150, 50
 CONTEXTS, FEATURES, PLACES, SYMBOLS, MATTER = 64, 24, 8, 8, 3
 FIRST = 0.04  # share of tries that succeed at first
-LR, LENGTH = 20.0, 0.35  # LENGTH: GRPO's mean step over its first 50 updates at LR
+LR, LENGTH = 60.0, 0.8  # LENGTH: GRPO's mean step over its first 50 updates at LR
 
 
 @piece("select", slot="down_sample", reads=("mask", "keep"), writes=("keep",))
@@ -78,7 +78,7 @@ def context_task(seed: int) -> tuple[Toy, ToyPolicy]:
     def score(obs: Tensor, action: Tensor) -> Tensor:
         return (action[:, :MATTER] == right[obs[:, 0]]).all(1).double()
 
-    policy = ToyPolicy(direction, lambda table, obs: torch.einsum("nf,fps->nps", features[obs[:, 0]], table))
+    policy = ToyPolicy(direction.clone(), lambda table, obs: torch.einsum("nf,fps->nps", features[obs[:, 0]], table))
     policy.register_buffer("right", right)
     low, high = 0.0, 100.0
     for _ in range(40):

@@ -20,19 +20,18 @@ from trimtab.claims.toys import on_toy, token_reward, token_task
 from trimtab.core.loop import run
 from trimtab.core.method import Method
 from trimtab.core.registry import find
-from trimtab.methods.language.remix import ROWS
+from trimtab.methods.language.remix import ROWS, anchored
 from trimtab.stages.reuse import replayed, to_behavior
 
 TURNS, LONGEST, GOAL, SMOOTH = 200, 600, 0.8, 5
-PROMPTS, TRIES, LR, KL = 16, 16, 130.0, 0.05
+PROMPTS, TRIES, LR, KL = 16, 16, 75.0, 0.05
 
 
-def unmoved(base: Method) -> Method:
-    """The control: replay and passes of ReMix, ratios to the behavior policy, and the clip left at 1."""
+def unmoved(base: Method, kl: float) -> Method:
+    """The control: replay, passes and KL of Mix-PPG, ratios to the behavior policy, and the clip left at 1."""
     made = base.wrap("collect", replayed(share=0.4, window=2)).wrap("surrogate.ratio", to_behavior()).but(passes=2)
-    for p in ("credit", "surrogate", *(["kl"] if base.has("kl") else [])):
-        made = made.set(f"{p}.rows", ROWS)
-    return made
+    made = made.set("credit.rows", ROWS).set("surrogate.rows", ROWS)
+    return anchored(made, kl, 1.0)
 
 
 Place = Callable[[Method], Method]  # puts GRPO onto its problem
@@ -49,7 +48,7 @@ ARMS: dict[str, tuple[str, Callable[[Place, dict[str, Any]], Method]]] = {
     "grpo": ("GRPO, one pass", lambda place, given: place(GRPO(**given))),
     "two passes": ("GRPO with two passes, nothing replayed", lambda place, given: place(GRPO(passes=2, **given))),
     "unmoved clip": ("replay 0.4 of 2 turns, two passes, the clip at 1", lambda place, given: unmoved(
-        place(GRPO(**given)))),
+        place(GRPO(**{k: v for k, v in given.items() if k != "kl"})), given["kl"])),
     "mix-ppg": ("replay 0.4 of 2 turns, two passes, the clip moved; no second anchor, no reincarnation",
                 lambda place, given: mixed(place, given, reincarnate=None, kl_floor=1.0)),
     "remix": ("ReMix: the same with both anchors, on policy after 60 turns", lambda place, given: mixed(

@@ -164,7 +164,9 @@ def kl_convex(
     """`coef (share KL(pi || reference) + (1 - share) KL(pi || previous))` per decision, k3 on the batch's decisions.
 
     k3 = exp(d) - d - 1, d = logp_anchor - logp. On replayed rows, which pi did not make, it estimates no KL but is as
-    ever 0 at the anchor and positive elsewhere. share: in [0, 1], a number or a schedule. ReMix, arXiv 2507.06892.
+    ever 0 at the anchor and positive elsewhere. There pi may find a decision nearly impossible by now, and exp(d) would
+    outweigh all else: as in verl d is held in [-20, 20] and k3 below 10, beyond which it has no gradient. share: in
+    [0, 1], a number or a schedule. ReMix, arXiv 2507.06892.
     """
     if not 0 <= share <= 1:  # a schedule's value is known only now
         raise MethodError(f"kl_convex: share={share} in turn {kit.clock.turns} must be in [0, 1]")
@@ -176,5 +178,5 @@ def kl_convex(
 
 
 def _k3(anchor: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
-    d = (anchor - logp) * mask
-    return torch.expm1(d) - d
+    d = ((anchor - logp) * mask).clamp(-20, 20)
+    return (torch.expm1(d) - d).clamp(max=10)

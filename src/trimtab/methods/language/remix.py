@@ -25,6 +25,7 @@ from trimtab.core.copies import at_phase, previous
 from trimtab.core.errors import MethodError
 from trimtab.core.method import Method, Phase
 from trimtab.core.phases import clear, phased
+from trimtab.core.piece import Schedule
 from trimtab.core.registry import Neutral, method
 from trimtab.core.schedules import staircase
 from trimtab.methods.language.bases import grpo
@@ -94,7 +95,7 @@ def remix(
         if p.core.options.get("rows") == "policy":
             mixed = mixed.set(f"{name}:{slot}.rows" if name else f"{slot}.rows", ROWS)
     weight = staircase(start=1.0, end=kl_floor, step=0.1, wait=kl_wait, every=10)
-    mixed, plain = (_anchored(m, kl, weight, entropy) for m in (mixed, base))
+    mixed, plain = (anchored(m, kl, weight, entropy) for m in (mixed, base))
     if reincarnate is None:
         return mixed
     if reincarnate < 1:
@@ -123,7 +124,7 @@ def _fits(base: Method) -> None:
         )
 
 
-def _anchored(made: Method, kl: float, weight: staircase, entropy: float) -> Method:
+def anchored(made: Method, kl: float, weight: float | Schedule, entropy: float = 0.0) -> Method:
     """With both anchors of the KL, and the bonus; for all rows that the surrogate concerns."""
     rows, per = made.get("surrogate.rows"), made.get("surrogate.per")
     made = made.then(logp_ref(), logp_previous(share=weight), kl_convex(coef=kl, share=weight, rows=rows, per=per))
