@@ -270,6 +270,8 @@ def twice(base: Method) -> Method:
         (lambda: remix(kl=-1.0), "coef=-1.0 must be at least 0"),
         (lambda: remix(find("grpo")(kl=0.1)), "has a KL penalty of its own"),
         (lambda: remix(find("grpo")(dual=3.0)), "a replayed row may begin above it"),
+        (lambda: remix(find("reinforce")()), "reinforce has no surrogate with both; use grpo"),
+        (lambda: remix(find("sft")()), "sft has no surrogate with both; use grpo"),
         (lambda: remix(remix()), "has one already"),
         (lambda: twice(remix()), "twice and remix both run in phases"),
         (lambda: replayed(share=0.9, window=2), "asks for 9 replayed rows to each fresh one"),

@@ -36,7 +36,6 @@ ROWS, TOKENS = linear(0.25, 0.75), linear(0.1, 0.5)
     arxiv="2509.22115",
     base=grpo,
     case="text",
-    aliases=("d^3s",),
     neutral=Neutral({"share": 1.0, "tokens": 1.0}, level="exact", why="all rows and all tokens are kept"),
     presets={
         "d1s": {"share": 0.5, "tokens": 1.0, "scope": "group"},

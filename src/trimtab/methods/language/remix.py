@@ -115,8 +115,13 @@ def _fits(base: Method) -> None:
         raise MethodError(
             f"remix has a KL penalty of its own, and {base.name} has one already; give remix(kl=...) alone"
         )
-    shape = places["surrogate"].options.get("shape") if "surrogate" in places else None
-    dual = None if shape is None else shape.core.options.get("dual")
+    parts = places["surrogate"].options if "surrogate" in places else {}
+    if parts.get("ratio") is None or parts.get("bound") is None:
+        raise MethodError(
+            f"remix moves the bound of a ratio to old data, and {base.name} has no surrogate with both; use grpo, or a "
+            f"method that changes it"
+        )
+    dual = parts["shape"].core.options.get("dual")
     if dual is not None:
         raise MethodError(
             f"remix+{base.name} has dual={dual}: it holds ratios above a constant, and a replayed row may begin above "
