@@ -22,4 +22,7 @@ def token_experts(kit: Kit, n: int) -> Batch:
 
 def chord(base: Method, **options: Any) -> Method:
     """CHORD with demonstrations of toy tokens."""
-    return find("chord")(base, **options).swap("collect.source", token_experts())
+    made: Method = find("chord")(base, **options)
+    if made.phases:
+        return made.each(lambda _, inside: inside.swap("collect.source", token_experts()))
+    return made.swap("collect.source", token_experts())

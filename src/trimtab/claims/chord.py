@@ -76,7 +76,7 @@ def learn_first_style(policy: ToyPolicy) -> None:
     while accepted(policy) < FIRST:
         logp = policy.logits(everyone).log_softmax(-1).gather(2, answers[:, 0, :, None])  # type: ignore[index]
         optimizer.zero_grad()
-        (-logp.mean()).backward()  # type: ignore[no-untyped-call]
+        (-logp.mean()).backward()
         optimizer.step()
 
 

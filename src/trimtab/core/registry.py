@@ -99,7 +99,7 @@ class Definition:
         with authored_by(self.name, self.lineage):
             if base is None:
                 return self.fn(**options)
-            if not base.phases:
+            if not base.phases or (self.base is not None and self.base().phases):  # written for phases
                 return self.fn(base, **options)
             made = base.each(lambda _, method: self.fn(method, **options))  # the change is made in every phase
         if any(p.method.phases for p in made.phases):
