@@ -9,7 +9,8 @@ from importlib import metadata, util
 from typing import Any
 
 from trimtab.claims import statement_of
-from trimtab.core.method import YOU, Method, show
+from trimtab.core.edits import YOU
+from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
 from trimtab.machine import busy, cores

@@ -8,48 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.core.copies import Copy
+from trimtab.core.edits import AUTHOR, YOU, Edit
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.piece import SINGLE, Piece, in_order
 
 FIELDS = ("rows", "passes", "name", "phases", "copies", "track")  # what `but` changes
-YOU = "you"  # who made an edit that no method made
-
-
-@dataclass(frozen=True)
-class Author:
-    """Whose edits are being recorded: a method's name, and the bases whose swaps it may replace."""
-
-    name: str = YOU
-    lineage: frozenset[str] = frozenset()
-
-
-_AUTHOR: ContextVar[Author] = ContextVar("author", default=Author())  # noqa: B039  frozen
-
-
-@contextmanager
-def authored_by(name: str, lineage: frozenset[str]) -> Iterator[None]:
-    """Record the edits made inside under this method's name."""
-    token = _AUTHOR.set(Author(name, lineage))
-    try:
-        yield
-    finally:
-        _AUTHOR.reset(token)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One recorded change: who, what kind, where, and in words."""
-
-    by: str
-    kind: str
-    path: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -173,7 +140,7 @@ class Method:
         A method may replace what its own lineage swapped; what another method or the user swapped is refused, and so
         is losing an option that was asked for.
         """
-        author = _AUTHOR.get()
+        author = AUTHOR.get()
         track, piece, rest = self.locate(path)
         old = piece.find(rest)
         full = self._full(track, piece, rest)
@@ -214,8 +181,8 @@ class Method:
             raise MethodError(f"{path!r} is the part {old.name!r}; set one of its options: {sorted(old.options)}")
         full = self._full(track, piece, rest)
         yours = {self._local(e.path) for e in self.edits if e.by == YOU and e.kind == "set"}
-        if _AUTHOR.get().name != YOU and self._local(full) in yours:
-            self._keeps(full, f"{_AUTHOR.get().name} sets {full!r} to {show(value)}")
+        if AUTHOR.get().name != YOU and self._local(full) in yours:
+            self._keeps(full, f"{AUTHOR.get().name} sets {full!r} to {show(value)}")
         made = self._put(track, piece, piece.assign(rest, value))._noted("set", full, f"{show(old)} -> {show(value)}")
         return replace(made, explicit=(*made.explicit, full))
 
@@ -254,7 +221,7 @@ class Method:
         if rest or piece.stage in SINGLE or path.rpartition(":")[2] != piece.slot:
             raise MethodError(f"{path!r} cannot be dropped; swap it for a neutral value instead")
         full = self._full(track, piece, [])
-        self._keeps(full, f"{_AUTHOR.get().name} drops {full!r} ({show(piece)})")
+        self._keeps(full, f"{AUTHOR.get().name} drops {full!r} ({show(piece)})")
         return self._put(track, piece, None)._noted("drop", full, piece.name)
 
     def on(self, track: str) -> OnTrack:
@@ -287,9 +254,9 @@ class Method:
             if name in ("rows", "passes") and getattr(made, name) != value:
                 if not (isinstance(value, int) and value >= 1) and (name, value) != ("rows", None):
                     raise MethodError(f"{name}={value!r} must be a whole number of at least 1")
-                made._keeps(name, f"{_AUTHOR.get().name} sets {name}={value}", again=_AUTHOR.get().name == YOU)
+                made._keeps(name, f"{AUTHOR.get().name} sets {name}={value}", again=AUTHOR.get().name == YOU)
                 made = made._noted("set", name, f"{getattr(made, name)} -> {value}")
-                if _AUTHOR.get().name == YOU:
+                if AUTHOR.get().name == YOU:
                     made = replace(made, explicit=(*made.explicit, name))
             made = replace(made, **{name: value})
         return made
@@ -327,7 +294,7 @@ class Method:
             raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
 
     def _noted(self, kind: str, path: str, text: str) -> Method:
-        return replace(self, edits=(*self.edits, Edit(_AUTHOR.get().name, kind, path, text)))
+        return replace(self, edits=(*self.edits, Edit(AUTHOR.get().name, kind, path, text)))
 
     def _add(self, p: Piece, track: str) -> Method:
         if not track:

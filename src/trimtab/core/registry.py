@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.core.edits import authored_by
 from trimtab.core.errors import MethodError, nearest
-from trimtab.core.method import Method, authored_by, diff, show
+from trimtab.core.method import Method, diff, show
 
 
 @dataclass(frozen=True)
