@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trimtab import claims
-from trimtab.claims import bapo, bnpo, core, effect, find_claim, rec, show, toys
+from trimtab.claims import bapo, bnpo, chord, core, d3s, effect, find_claim, rec, remix, show, toys
 from trimtab.claims.core import Arm, Claim, Part, Study, above, below, measure, recorded, verdict, within, write
 from trimtab.claims.statistics import ClaimError, Effect
 from trimtab.cli import main
@@ -231,6 +231,9 @@ SMALLER: list[tuple[str, Any, dict[str, Any]]] = [
     ("bnpo", bnpo, {"BATCHES": 100, "STARTS": (0, 10), "FROZEN": 5}),
     ("bapo", bapo, {"BATCHES": 2}),
     ("rec", rec, {"STEPS": 20}),
+    ("d3s", d3s, {"UPDATES": 2, "EARLY": 1}),
+    ("chord", chord, {"BATCHES": 2}),
+    ("remix", remix, {"TURNS": 2, "GOAL": 0.0}),
 ]
 
 
@@ -249,8 +252,12 @@ def test_a_mechanism_runs_small(
         assert all(torch.isfinite(torch.tensor(v)) for v in values.values())
 
 
-@pytest.mark.parametrize("name", ["bnpo", "bapo", "rec"])
+@pytest.mark.parametrize("name", ["bnpo", "bapo", "rec", "d3s", "chord", "remix"])
 def test_every_metric_that_a_part_names_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other, module, smaller in SMALLER[3:]:
+        if other == name:
+            for key, value in smaller.items():
+                monkeypatch.setattr(module, key, value)
     monkeypatch.setattr(bnpo, "BATCHES", 400)
     monkeypatch.setattr(bnpo, "FROZEN", 3)
     study = find_claim(name).mechanism

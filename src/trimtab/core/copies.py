@@ -68,9 +68,14 @@ def every(source: str, n: int) -> Copy:
     return Copy("every", source, "after", {"n": n})
 
 
-def previous(source: str) -> Copy:
-    """The source before its latest update: theta_{t-1} all through update t, theta_t after it."""
-    return Copy("previous", source, "after")
+def previous(source: str, by: str = "update") -> Copy:
+    """The source before its latest update: theta_{t-1} all through update t, theta_t after it.
+
+    by: "turn" takes the source at the start of the turn before this one instead; in the first turn they are equal.
+    """
+    if by not in ("update", "turn"):
+        raise MethodError(f"previous(by={by!r}): by is 'update' or 'turn'")
+    return Copy("previous", source, "after") if by == "update" else Copy("previous", source, "turn", {"by": by})
 
 
 def at_phase(source: str) -> Copy:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.core.edits import authored_by
 from trimtab.core.errors import MethodError, nearest
-from trimtab.core.method import Method, authored_by, diff, show
+from trimtab.core.method import Method, diff, show
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,14 @@ class Definition:
 
     def _build(self, base: Method | None, options: dict[str, Any]) -> Method:
         with authored_by(self.name, self.lineage):
-            return self.fn(**options) if base is None else self.fn(base, **options)
+            if base is None:
+                return self.fn(**options)
+            if not base.phases or (self.base is not None and self.base().phases):  # written for phases
+                return self.fn(base, **options)
+            made = base.each(lambda _, method: self.fn(method, **options))  # the change is made in every phase
+        if any(p.method.phases for p in made.phases):
+            raise MethodError(f"{self.name} and {base.name} both run in phases; one of them must be a plain method")
+        return made
 
     def __add__(self, other: Definition | Method) -> Method:
         """`a + b` is `a(b())`; three are written `a + (b + c)`, or `parse("a+b+c")`."""
