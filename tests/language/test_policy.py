@@ -364,7 +364,7 @@ def test_the_most_probable_tokens_are_those_of_the_softmax(temperature: float) -
     rollout = policy.sampler.sample(prompts, 2, torch.arange(4), Sampling(6, temperature))
     prompt, prompt_mask = pad_left([p for p in prompts for _ in range(2)], policy.fill)
     batch = Batch({"prompt": prompt, "prompt_mask": prompt_mask, "action": rollout.tokens, "mask": rollout.mask,
-                   "temperature": torch.full((4,), temperature)})  # fmt: skip
+                   "temperature": torch.full((4,), temperature, dtype=torch.float64)})  # fmt: skip
     now = policy.evaluate(batch, {"topk", "topk_ids", "hidden"})
     assert set(now) == {"topk", "topk_ids", "hidden"}
     assert not now["topk"].requires_grad

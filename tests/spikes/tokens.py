@@ -69,13 +69,13 @@ class TableTokens(nn.Module):
 
 @piece("collect", state={"ids": lambda kit, options: {"group": 0}},
        writes=("prompt", "action", "mask", "reward", "logp_behavior", "group", "source", "age"))  # fmt: skip
-def token_rollouts(kit: Kit, *, prompts: int = 4, group: int = 6) -> Batch:
+def token_rollouts(kit: Kit, *, prompts: int = 4, group: int = 6, temperature: float = 1.0) -> Batch:
     """Ragged sampled rows with a verifiable reward at their last token."""
     policy: Any = kit.models["policy"]
     context = kit.environment.draw(prompts).repeat_interleave(group)
     n, length = len(context), policy.logits.shape[1]
     uniform = torch.rand(n, length, generator=kit.rng("rollout"), dtype=torch.float64)
-    probs = policy.logits[context].softmax(-1)
+    probs = (policy.logits[context] / temperature).softmax(-1)
     action = (probs.cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(probs.shape[-1] - 1)
     lengths = torch.randint(1, length + 1, (n,), generator=kit.rng("lengths"))
     mask = torch.arange(length) < lengths[:, None]

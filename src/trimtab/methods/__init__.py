@@ -1,5 +1,6 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.language import aepo as aepo
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
