@@ -35,9 +35,9 @@ def spied(batch: Batch, *, inner: Callable[[Batch], Batch]) -> Batch:
     return SEEN[-1]
 
 
-def small(**options: Any) -> Method:
+def small(group: int = 6, **options: Any) -> Method:
     """AEPO on toy tokens, watched before rows are dropped."""
-    return AEPO(toy(stale(), tokens.token_rollouts(prompts=3, group=6)), **options).wrap("credit", spied())
+    return AEPO(toy(stale(), tokens.token_rollouts(prompts=3, group=group)), **options).wrap("credit", spied())
 
 
 def first_batch(seed: int = 0, **options: Any) -> tuple[Batch, Batch]:
@@ -203,7 +203,7 @@ def test_only_mixed_groups_are_imitated_where_the_advantage_selects() -> None:
     seen = {"reward": 0, "advantage": 0}
     for select in seen:
         for seed in range(6):
-            everything, _ = first_batch(seed, select=select, share=1.0)
+            everything, _ = first_batch(seed, group=2, select=select, share=1.0)
             group = everything.by("group")
             pure = everything.tempered & group.same(everything.score()) & (everything.score() > 0)
             seen[select] += int((everything.advantage[pure] > 0).sum())
