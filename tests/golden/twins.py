@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden import aepo_twin, hapo_twin, rec_twin
+from tests.golden import aepo_twin, capo_twin, hapo_twin, rec_twin
 
 PASSES = 2
 LR = 0.5
@@ -319,5 +319,6 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "chord": chord,
     "rec": lambda batch, start: rec_twin.rec(batch, start),
     "aepo": lambda batch, start: aepo_twin.aepo(batch, start, batch),
+    "capo": lambda batch, start: capo_twin.capo(batch, start),
     "hapo": lambda batch, start: hapo_twin.hapo(batch, start),
 }

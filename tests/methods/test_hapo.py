@@ -121,7 +121,9 @@ def ragged(rewards: list[float], lengths: list[int]) -> Batch:
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     reward = torch.zeros(mask.shape, dtype=torch.float64)
     reward[:, 0] = numbers(*rewards)
-    return Batch({**batch.columns, "mask": mask, "keep": mask, "reward": reward, "action": torch.zeros_like(mask).long()})
+    return Batch(
+        {**batch.columns, "mask": mask, "keep": mask, "reward": reward, "action": torch.zeros_like(mask).long()}
+    )
 
 
 def test_credit_over_tokens_of_the_card() -> None:
@@ -235,9 +237,14 @@ def test_without_a_swing_the_sampler_is_unchanged_and_greedy_never_changes() -> 
     plain = policy.sampler.sample(prompts, 4, seeds, Sampling(8, 0.7))
     still = AdaptedPolicy(policy, lambda z: torch.ones(len(z), dtype=z.dtype))
     assert torch.equal(still.sample(prompts, 4, seeds, Sampling(8, 0.7)).tokens, plain.tokens)
-    hot = AdaptedPolicy(AdaptedPolicy(policy, lambda z: torch.full((len(z),), 2.0)), lambda z: torch.full((len(z),), 3.0))
+    hot = AdaptedPolicy(
+        AdaptedPolicy(policy, lambda z: torch.full((len(z),), 2.0)), lambda z: torch.full((len(z),), 3.0)
+    )
     assert hot.encode("a") == policy.encode("a")
-    got, want = hot.sample(prompts, 4, seeds, Sampling(8, 0.5)), policy.sampler.sample(prompts, 4, seeds, Sampling(8, 3.0))
+    got, want = (
+        hot.sample(prompts, 4, seeds, Sampling(8, 0.5)),
+        policy.sampler.sample(prompts, 4, seeds, Sampling(8, 3.0)),
+    )
     assert torch.equal(got.tokens, want.tokens)
     assert torch.allclose(got.logp, want.logp)
     cold = Sampling(8, temperature=0)

@@ -4,6 +4,7 @@ from trimtab.methods.language import aepo as aepo
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
+from trimtab.methods.language import capo as capo
 from trimtab.methods.language import dapo as dapo
 from trimtab.methods.language import dpo as dpo
 from trimtab.methods.language import dr_grpo as dr_grpo

@@ -29,9 +29,7 @@ def read(
 
 
 @torch.no_grad()
-def top(
-    head: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor | None, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def top(head: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """The largest log-probabilities of `M` tokens and which they are, `[M, K]` each, descending; K = min(50, V).
 
     Some tokens at a time, so that no more than these outlives the look at their logits.
