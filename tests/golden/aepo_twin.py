@@ -1,4 +1,4 @@
-"""AEPO's literal twin: temperature and number by the controller, credit, replacement, and GRPO's loss on the mixture."""
+"""AEPO's literal twin: temperature and number by the controller, credit, replacement, and GRPO's loss on both."""
 
 from __future__ import annotations
 

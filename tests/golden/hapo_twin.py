@@ -17,7 +17,7 @@ Key = tuple[int, int]
 
 
 def signal(entropy: dict[Key, float], pivot: float = 0.8, released: bool = False) -> dict[Key, float]:
-    """A: log, the nearest element at the quantile, over the root mean square around it, over the largest on each side."""
+    """A: log, less the element at the quantile, over the rms around it, over the largest on each side."""
     log = {key: math.log(max(h, 1e-8)) for key, h in entropy.items()}
     ordered = sorted(log.values())
     middle = ordered[round(pivot * (len(ordered) - 1))]

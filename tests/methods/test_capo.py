@@ -285,15 +285,8 @@ def test_an_optimiser_that_has_no_model_is_refused() -> None:
 
 
 def test_presets_stand_on_the_bases_they_were_tuned_on() -> None:
-    for expression in (
-        'capo(preset="official_code")',
-        'capo(preset="dr_capo")+dr_grpo',
-        'capo(preset="rein_capo")+reinforce',
-    ):
-        name, _, rest = expression.partition('(preset="')
-        preset, _, tail = rest.partition('")')
-        base = find(tail.lstrip("+"))() if tail else None
-        made = find(name)(base, preset=preset)
+    for preset, base in (("official_code", ""), ("dr_capo", "+dr_grpo"), ("rein_capo", "+reinforce")):
+        made = parse(f'capo(preset="{preset}"){base}')
         for option, value in CAPO.presets[preset].items():
             assert made.get("surrogate.per" if option == "per" else f"trust_region.{option}") == value
 

@@ -205,7 +205,7 @@ def test_each_draw_has_the_temperature_of_its_entropy() -> None:
     """Of the second batch: by the range of the first one, as the policy stood before its update."""
     world = case("text", 0)
     policy: Any = world.models["policy"]
-    swing, known, spread = 0.5, None, 0.0
+    swing, known, spread, held = 0.5, None, 0.0, load_policy("nano", seed=0, dtype="float64")
     method = world.shrink(HAPO(swing=swing))
     for step in run(method, world.environment, world.models, until=3, seed=0):
         batch = step.batch
@@ -223,7 +223,6 @@ def test_each_draw_has_the_temperature_of_its_entropy() -> None:
             assert (batch.temperature == 1).all(), "training reads it at the base's temperature"
         mask = batch.mask.bool()
         # The policy that draws the next batch, and the range that the present one left.
-        held = load_policy("nano", seed=0, dtype="float64")
         held.load_state_dict(policy.state_dict())
         saved = step.state.pieces["/range"]
         known = type(range_of(numbers(1.0), 0.5))(**saved)

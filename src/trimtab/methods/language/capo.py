@@ -6,7 +6,7 @@ of the last layer predicts for every decision, as if its gradient alone made the
     m_F   the change of the policy,      (lr d)^2 / 2                                    kept where m_F < fisher
     m_H   the change of the objective,   lr A d + lr^2 A (d^2 - Var_pi(u)) / 2           and |m_H| < hessian
 
-with a model of the optimiser (Adam's moments of each vocabulary row, or plain gradient steps) that lives across updates.
+with a model of the optimiser that lives across updates: Adam's moments of each vocabulary row, or plain gradient steps.
 The loss is the base's; only `keep` shrinks, so its denominators are those of what is kept.
 
 Where paper, released code and reason differ:

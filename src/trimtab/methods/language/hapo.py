@@ -60,7 +60,7 @@ class Range(NamedTuple):
 
 
 def range_of(entropy: Tensor, pivot: float) -> Range:
-    """The range of some entropies `[n]`, n >= 1; the quantile is the nearest element, `sorted[round(pivot (n - 1))]`."""
+    """The range of entropies `[n]`, n >= 1; the quantile is an element, `sorted[round(pivot (n - 1))]`."""
     log = entropy.clamp_min(FLOOR).log()
     middle = log.kthvalue(1 + round(pivot * (len(log) - 1))).values
     d = log - middle
@@ -152,7 +152,7 @@ def token_average(kit: Kit, batch: Batch) -> Batch:
     tokens = group.sum(length).clamp_min(1)
     centre = score - group.sum(score * length) / tokens
     credit = centre / ((group.sum(centre.square() * length) / tokens).sqrt() + 1e-6)
-    large = group.max((credit.abs() * (length > 0))) >= LARGEST
+    large = group.max(credit.abs() * (length > 0)) >= LARGEST
     rows = centred(score, group) / (group.std(score) + 1e-6)
     kit.log("fallback", large.double().mean())
     return spread(batch, torch.where(large, rows, credit).masked_fill(group.same(score), 0.0))
@@ -162,7 +162,7 @@ def token_average(kit: Kit, batch: Batch) -> Batch:
 def widened(
     batch: Batch, now: Now, ratio: Tensor, *, inner: Callable[..., Bound], strength: float = 1.0
 ) -> Bound:  # fmt: skip
-    """A wrap: more room below for sure decisions, `eps_low (1 - s h)`, and above for unsure ones, `eps_high (1 + s h)`."""
+    """A wrap: more room below for sure decisions, `eps_low (1 - s h)`, above for unsure ones, `eps_high (1 + s h)`."""
     low, high = inner(batch, now, ratio)
     h = batch.entropy_signal
     return Bound(1 - (1 - low) * (1 - strength * h.clamp(max=0)), 1 + (high - 1) * (1 + strength * h.clamp_min(0)))
@@ -170,7 +170,7 @@ def widened(
 
 @piece("part", reads=("entropy_signal",), validate=_strength_sane)
 def redistributed(batch: Batch, now: Now, ratio: Tensor, bound: Bound, *, strength: float = 1.0) -> Tensor:
-    """`1 + s h` for unsure decisions that have moved and sure ones that have not, else 1; moved by half of the bound."""
+    """`1 + s h` for unsure decisions that moved and sure ones that did not, else 1; moved is half of the bound."""
     h = batch.entropy_signal
     still = (ratio > 1 - (1 - bound.low) / 2) & (ratio < 1 + (bound.high - 1) / 2)
     return torch.where(torch.where(h > 0, ~still, still), 1 + strength * h, 1.0)
