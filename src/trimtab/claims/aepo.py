@@ -121,7 +121,7 @@ def tiny_arm(name: str, what: str, **options: Any) -> Arm:
 CLAIM = Claim(
     method="aepo",
     statement="Imitating right answers that were drawn hotter or colder holds the policy's entropy at any target, "
-    "where GRPO's collapses and an entropy bonus is too weak or too strong; and a well-chosen entropy is worth accuracy.",
+    "where GRPO's collapses and an entropy bonus is too weak or too strong; a well-chosen entropy is worth accuracy.",
     mechanism=Study(arms={name: toy_arm(name) for name in WHAT}, parts=PARTS, measure=mechanism, seeds=8),
     full=Study(
         arms={
