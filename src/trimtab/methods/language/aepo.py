@@ -113,7 +113,7 @@ def rerolled(
     Raises MethodError where the collect inside draws at another temperature than 1.
     """
     assert isinstance(inner, partial)
-    collect = inner.func
+    collect: Any = inner.func  # a piece is handed over bound to its kit, and is asked again with another
     rows, drawn = noted(kit, collect)
     if "temperature" in rows and not bool((rows.temperature == 1).all()):
         raise MethodError(
