@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden import rec_twin, remix_twin
+from tests.golden import aepo_twin, capo_twin, hapo_twin, rec_twin, remix_twin
 
 PASSES = 2
 LR = 0.5
@@ -340,4 +340,7 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "d3s": d3s,
     "remix": lambda batch, start: remix_twin.remix(batch, start),
     "rec": lambda batch, start: rec_twin.rec(batch, start),
+    "aepo": lambda batch, start: aepo_twin.aepo(batch, start, batch),
+    "capo": lambda batch, start: capo_twin.capo(batch, start),
+    "hapo": lambda batch, start: hapo_twin.hapo(batch, start),
 }

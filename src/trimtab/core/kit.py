@@ -91,6 +91,13 @@ class Kit:
         """A named random stream of the run; it is saved, and it does not depend on any other stream."""
         return self._tree.stream(f"{self.scope}/{name}" if self.scope else name)
 
+    def playing(self, environment: Any, *, quietly: bool = False) -> Kit:
+        """The same kit with another environment; `quietly`, what is logged is dropped. For a collect inside another."""
+        other = copy.copy(self)
+        other.environment = environment
+        other._logs = [] if quietly else self._logs
+        return other
+
     def decided(self, count: int) -> None:
         """Say how many decisions were made for this batch, when it holds others too (replayed or offline rows)."""
         self._decided.append(count)

@@ -78,7 +78,10 @@ class Definition:
             try:
                 without = self._build(base, {k: v for k, v in options.items() if k != name})
             except MethodError:  # the others need it, so it matters; what it sets shows against the defaults
-                without = self._build(base, {})
+                try:
+                    without = self._build(base, {})
+                except MethodError:  # without it this cannot stand on this base at all
+                    continue
             paths = [path for path, _, _ in diff(without, made)]
             if not paths:
                 raise MethodError(
