@@ -110,3 +110,11 @@ def test_what_cannot_be_answered_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(EngineError, match="not installed"):
         VLLMSampler.beside(policy)
+
+
+def test_a_temperature_of_each_decisions_own_is_refused() -> None:
+    policy = load_policy("nano")
+    sampler = VLLMSampler(policy, StandIn(policy))
+    adapted = Sampling(2, adapt=lambda logits: torch.ones(len(logits)))
+    with pytest.raises(SamplingError, match=r"hapo\(swing=None\)"):
+        sampler.sample([[5]], 1, torch.arange(1), adapted)

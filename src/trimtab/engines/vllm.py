@@ -58,7 +58,8 @@ class VLLMSampler:
     def sample(self, prompts: list[list[int]], copies: int, seeds: Tensor | None, sampling: Sampling) -> Rollout:
         """As `LocalSampler.sample`: `len(prompts) * copies` rows, all copies of prompt 0 first.
 
-        Raises SamplingError for no prompts, an empty one or missing seeds, EngineError for an answer without numbers.
+        Raises SamplingError for no prompts, an empty one, missing seeds, or a temperature of each decision's own
+        (`sampling.adapt`), EngineError for an answer without numbers.
         """
         from vllm import SamplingParams
 
@@ -67,6 +68,11 @@ class VLLMSampler:
             raise SamplingError(f"asked for {copies} copies of {len(prompts)} prompts; each needs a token and a copy")
         if seeds is None and not sampling.greedy:
             raise SamplingError(f"temperature={sampling.temperature} needs noise, so every row needs a seed")
+        if sampling.adapt is not None and not sampling.greedy:
+            raise SamplingError(
+                "vLLM draws a whole answer at one temperature, and this method adapts it to every decision; leave the "
+                "policy its own sampler, or switch that part off (hapo(swing=None))"
+            )
         self.hand_over()
         each = [None] * rows if seeds is None else [int(s) & (2**63 - 1) for s in seeds.tolist()]
         asked = [{"prompt_token_ids": p} for p in prompts for _ in range(copies)]

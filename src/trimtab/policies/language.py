@@ -23,7 +23,7 @@ from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
 from trimtab.policies.lean import lean
 from trimtab.policies.llama_decoder import LlamaDecoder
-from trimtab.policies.readout import Readout
+from trimtab.policies.readout import TOP, Readout, top
 from trimtab.policies.recompute import can_recompute, recomputed
 from trimtab.policies.sampler import LocalSampler
 from trimtab.policies.view import PolicyError, Reading, View
@@ -47,7 +47,7 @@ class LanguagePolicy(nn.Module):
     Dropout stays off in `train()` too: a log-probability that changes between two readings breaks every ratio.
     """
 
-    provides: frozenset[str] = frozenset({"logp", "entropy", "hidden"})
+    provides: frozenset[str] = frozenset({"logp", "entropy", "hidden", "topk", "topk_ids"})
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False,
@@ -136,7 +136,9 @@ class LanguagePolicy(nn.Module):
         Reads prompt long `[N, P]` (left padded), prompt_mask bool `[N, P]`, action long `[N, T]` (right padded), mask
         `[N, T]`, and, if there, temperature `[N]` > 0. A decision with mask 0 before the last one with mask 1 is
         context (a tool's words). Returns, 0 where mask is 0: logp `[N, T]` = log softmax(logits / temperature)[action],
-        entropy `[N, T]` of that whole distribution in nats, hidden `[N, T, H]` the state each decision is read from.
+        entropy `[N, T]` of that whole distribution in nats, hidden `[N, T, H]` the state each decision is read from,
+        topk `[N, T, K]` the K <= 50 largest log-probabilities of that distribution, descending, and topk_ids long
+        `[N, T, K]` their tokens; these two have no gradient.
         float32, or float64 for a float64 policy; independent of padding and of which rows are together, to rounding.
 
         Raises `PolicyError` for an unknown want, an empty prompt, or a temperature that is not positive.
@@ -146,9 +148,11 @@ class LanguagePolicy(nn.Module):
             raise PolicyError(f"a language policy cannot give {sorted(unknown)[0]!r}. " + nearest("", self.provides))
         view = View.of(batch, batch["mask"].to(self.device).bool(), self.wide)
         if view is None:
-            tail = {"hidden": (self.causal.config.get_text_config().hidden_size,)}
-            n, t = batch["mask"].shape
-            return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=self.wide, device=self.device) for name in want}
+            config, (n, t) = self.causal.config.get_text_config(), batch["mask"].shape
+            k = (min(TOP, config.vocab_size),)
+            tail = {"hidden": (config.hidden_size,), "topk": k, "topk_ids": k}
+            kind = {name: torch.long if name == "topk_ids" else self.wide for name in want}
+            return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=kind[name], device=self.device) for name in want}
         again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
         with self._narrow(), self._attention(view), lean(self.causal), again:
             values = self._values(view, set(want))
@@ -170,6 +174,9 @@ class LanguagePolicy(nn.Module):
         if want & {"logp", "entropy"}:
             assert head is not None
             out |= self._read(head, states, view.tokens, view.scale, "entropy" in want)
+        if want & {"topk", "topk_ids"}:
+            assert head is not None
+            out["topk"], out["topk_ids"] = top(head, states, view.scale, self.wide)
         return out
 
     def _states(self, view: View) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ LOGITS_AT_ONCE = 2**23
 SLOPES_AT_ONCE = 2**25
 # Of those, so many are made probabilities at a time (2 MiB in float32), in the cache.
 WIDE_AT_ONCE = 2**19
+# How many of the most probable tokens are given where somebody asks for them.
+TOP = 50
 
 
 def read(
@@ -25,6 +28,21 @@ def read(
     """
     every = _logits(x.to(narrow), weight.to(narrow), _to(bias, narrow), scale).log_softmax(-1)
     return every.gather(1, token[:, None]).squeeze(1), -(every.exp() * every).sum(-1)
+
+
+@torch.no_grad()
+def top(head: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest log-probabilities of `M` tokens and which they are, `[M, K]` each, descending; K = min(50, V).
+
+    Some tokens at a time, so that no more than these outlives the look at their logits.
+    """
+    size = head(x[:1]).shape[-1]
+    found = []
+    for i in _parts(len(x), LOGITS_AT_ONCE // size):
+        logits = head(x[i]).to(wide)
+        every = (logits if scale is None else logits * scale[i, None]).log_softmax(-1)
+        found.append(every.topk(min(TOP, size), -1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -16,6 +16,7 @@ from trimtab.core.errors import EnvironmentFailure, MethodError
 from trimtab.core.loop import Step
 from trimtab.core.method import Method
 from trimtab.core.state import State
+from trimtab.core.terms import rows_of
 from trimtab.environments.spec import FORMS
 from trimtab.evaluation import Evaluation, answer_length
 from trimtab.report.intervals import mean_interval
@@ -109,8 +110,9 @@ def of_batch(batch: Batch, logs: Mapping[str, float]) -> dict[str, float]:
     and no interval is given then.
     """
     made: dict[str, float] = {}
-    if "reward" in batch:
-        mean, low, high = mean_interval(batch.score().tolist())
+    played = rows_of(batch, "policy")  # demonstrations and replayed rows are not this policy's outcome
+    if "reward" in batch and bool(played.any()):
+        mean, low, high = mean_interval(batch.score()[played].tolist())
         made["reward"] = mean
         if abs(mean - logs.get("reward", mean)) < 1e-4:
             made |= {"reward_low": low, "reward_high": high}
