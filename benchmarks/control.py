@@ -3,8 +3,8 @@
     make peers && make bench-control         # or: python benchmarks/control.py --only sac --rounds 1
 
 Each side of each work runs in a process of its own (benchmarks/control_work.py), ours and theirs by turns. A ratio is
-how many times as fast ours is: medians over the rounds. What else ran is measured before and after every work; on a busy
-machine it refuses, unless --busy is given, and then the row says `busy`.
+how many times as fast ours is: medians over the rounds. What else ran is measured before and after every work; on a
+busy machine it refuses, unless --busy is given, and then the row says `busy`.
 """
 
 from __future__ import annotations
