@@ -50,14 +50,23 @@ def _registered(definition: Definition) -> list[Entry]:
     """The method with its defaults, and with each of its presets: `rec`, `rec[opmd]`, ..."""
     small = case(definition.case)
 
-    def make(seed: int) -> tuple[Any, Mapping[str, nn.Module]]:
-        fresh = case(definition.case, seed)
-        return fresh.environment, fresh.models
+    def maker(build: Build) -> Make:
+        def make(seed: int) -> tuple[Any, Mapping[str, nn.Module]]:
+            fresh = case(definition.case, seed)
+            return fresh.environment, fresh.models_of(build())
+
+        return make
 
     def preset(name: str) -> Entry:
-        return Entry(f"{definition.name}[{name}]", lambda: small.shrink(definition(preset=name)), make)
+        def build() -> Method:
+            return small.shrink(definition(preset=name))
 
-    plain = Entry(definition.name, lambda: small.shrink(definition()), make, definition, shrink=small.shrink)
+        return Entry(f"{definition.name}[{name}]", build, maker(build))
+
+    def default() -> Method:
+        return small.shrink(definition())
+
+    plain = Entry(definition.name, default, maker(default), definition, shrink=small.shrink)
     return [plain, *(preset(name) for name in definition.presets)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,11 +27,26 @@ class Policy(Protocol):
         """
 
 
+class Decision(NamedTuple):
+    """What was decided for each of `E` observations: `action` `[E, *A]`, and its log-probability `[E]` if it has one."""
+
+    action: Tensor
+    logp: Tensor | None = None
+
+
 class Actor(Protocol):
-    """A policy that decides one step at a time (environments); `carry` is whatever it remembers between steps."""
+    """A policy that decides one step at a time (environments); `carry` is whatever it remembers between steps.
+
+    An `act` wrap surrounds one with another. Where it changes what the policy sees it also has `see(obs)`, the same
+    change without a decision, and where it learns from what it sees (running moments) `learn(obs)`, which nobody but
+    collect calls. A wrap passes on what it does not have itself (`__getattr__`).
+    """
 
     def act(self, obs: Any, carry: Any, rng: torch.Generator) -> tuple[Any, Any]:
-        """A decision for each observation, and the new carry. All randomness comes from `rng`."""
+        """A `Decision` for each observation `[E, *O]`, and the new carry. All randomness comes from `rng`."""
+
+    def mode(self, obs: Any) -> Any:
+        """The most likely action for each observation, `[E, *A]`: how an evaluation without chance acts."""
 
 
 class Environment(Protocol):

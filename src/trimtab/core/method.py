@@ -15,9 +15,10 @@ from typing import Any
 
 from trimtab.core.copies import Copy
 from trimtab.core.errors import MethodError, nearest
+from trimtab.core.network import Network
 from trimtab.core.piece import SINGLE, Piece, in_order
 
-FIELDS = ("rows", "passes", "name", "phases", "copies", "track")  # what `but` changes
+FIELDS = ("rows", "passes", "name", "phases", "copies", "track", "networks")  # what `but` changes
 YOU = "you"  # who made an edit that no method made
 
 
@@ -94,7 +95,8 @@ class Phase:
 class Method:
     """The whole method as data. Build one from a base with `swap`, `then`, `wrap`, `drop`, `on`; all return a new one.
 
-    rows: rows per update (None: the whole batch). passes: times each batch is gone through.
+    rows: rows per update (None: the whole batch). passes: times each batch is gone through. networks: what its tracks
+    train, where that is made for the environment; empty where models are given (a language model).
     """
 
     name: str
@@ -106,6 +108,7 @@ class Method:
     phases: tuple[Phase, ...] = ()
     edits: tuple[Edit, ...] = ()
     explicit: tuple[str, ...] = ()  # paths whose value somebody asked for
+    networks: Mapping[str, Network] = field(default_factory=dict)
 
     # -- addresses ----------------------------------------------------------------------------------------------
     def places(self) -> Iterator[tuple[str, str, Piece]]:
@@ -147,6 +150,8 @@ class Method:
         for t in self.tracks:
             rows |= {f"track {t.name}": f"trains {t.trains}, every {t.every}, on {t.on}"}
         rows |= {f"copy {name}": copy for name, copy in self.copies.items()}
+        for name, network in self.networks.items():
+            rows |= network.flatten(f"network {name}")
         rows |= {"rows": self.rows, "passes": self.passes}
         for i, phase in enumerate(self.phases):
             head = f"phase {i + 1} {phase.name}"
@@ -246,8 +251,11 @@ class Method:
         return OnTrack(self, self.track(track).name)
 
     def but(self, **fields: Any) -> Method:
-        """Change `rows`, `passes`, `name`, `phases`, add `copies`, or add a `track` (last, or `before` another one)."""
+        """Change `rows`, `passes`, `name`, `phases`, add `copies`, add or replace `networks`, or add a `track` (last, or
+        `before` another one)."""
         made = self
+        for name, network in fields.pop("networks", {}).items():
+            made = made._networked(name, network)
         if "copies" in fields:
             added = fields.pop("copies")
             for name, copy in added.items():
@@ -306,6 +314,20 @@ class Method:
         lost = [p for p in asked if _covers(here, self._local(p)) and not (again and self._local(p) == here)]
         if lost:
             raise MethodError(f"{doing}, but {lost[0]!r} was set; it would be ignored. Leave that option out.")
+
+    def _networked(self, name: str, network: Network) -> Method:
+        """With this network; losing something of the one before that was asked for is refused, but not to a user."""
+        head, author = f"network {name}", _AUTHOR.get().name
+        old = self.networks[name].flatten(head) if name in self.networks else {}
+        new = network.flatten(head)
+        changed = [p for p in {**old, **new} if show(old.get(p)) != show(new.get(p))]
+        lost = [p for p in changed if p in self.explicit and p in old]
+        if lost and author != YOU:
+            raise MethodError(f"{author} replaces {head!r}, but {lost[0]!r} was set; it would be ignored.")
+        made = replace(self, networks={**self.networks, name: network})
+        for path in changed if old else [head]:
+            made = made._noted("set" if old else "then", path, f"{show(old.get(path))} -> {show(new.get(path))}")
+        return replace(made, explicit=(*made.explicit, *changed)) if author == YOU and old else made
 
     def _noted(self, kind: str, path: str, text: str) -> Method:
         return replace(self, edits=(*self.edits, Edit(_AUTHOR.get().name, kind, path, text)))

@@ -6,9 +6,10 @@ A case is a fresh environment, fresh models and settings that make two steps tak
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.core.errors import MethodError, nearest
@@ -17,19 +18,35 @@ from trimtab.core.method import Method
 
 @dataclass(frozen=True)
 class Case:
-    """environment, models: freshly made. small: `address -> value`, applied where the method has that address."""
+    """environment, models: freshly made. small: `address -> value`, applied where the method has that address.
+
+    hidden: the layers of every network that the method itself names, where the case has no models. seed: of those.
+    """
 
     environment: Any
     models: dict[str, nn.Module]
     small: dict[str, Any] = field(default_factory=dict)
+    hidden: tuple[int, ...] = ()
+    seed: int = 0
 
     def shrink(self, method: Method) -> Method:
         """The method with this case's settings."""
         known = method.flatten()
         for path, value in self.small.items():
-            if path in known:
+            if path in ("rows", "passes") and getattr(method, path) not in (None, 1):
+                method = method.but(**{path: value})
+            elif path in known and "." in path:
                 method = method.set(path, value)
-        return method
+        smaller = {name: replace(n, hidden=self.hidden) for name, n in method.networks.items() if n.hidden}
+        return method.but(networks=smaller) if smaller else method
+
+    def models_of(self, method: Method) -> dict[str, nn.Module]:
+        """The case's models, or the networks that the method names, built small in float64."""
+        if self.models:
+            return self.models
+        from trimtab.policies.networks import build_networks
+
+        return build_networks(self.shrink(method), self.environment, self.seed, dtype=torch.float64)
 
 
 class Coin:
@@ -68,8 +85,6 @@ def text(seed: int) -> Case:
 
 def pairs(seed: int) -> Case:
     """The sums of `text`, each with its right answer as the chosen response and another number as the rejected one."""
-    from dataclasses import replace
-
     from trimtab.environments.pools import ListedPool
     from trimtab.environments.problem import PromptTemplate
     from trimtab.environments.procedural import toy_pool
@@ -90,7 +105,27 @@ def pairs(seed: int) -> Case:
     )
 
 
-CASES: dict[str, Callable[[int], Case]] = {"text": text, "pairs": pairs}
+SMALL = {
+    "collect.horizon": 6, "collect.count": 4, "rows": 7, "passes": 2, "update.lr": 1e-2, "policy:update.lr": 1e-2,
+    "critic:update.lr": 1e-2,
+}  # fmt: skip
+
+
+def steps(seed: int) -> Case:
+    """A point pushed along a line, three of them at once; episodes of about five steps, some ended by the clock."""
+    from trimtab.environments.toy import PointEnvironment
+
+    return Case(PointEnvironment(seed=seed), {}, SMALL, hidden=(5, 4), seed=seed)
+
+
+def choices(seed: int) -> Case:
+    """`steps` with three numbered actions instead of a push."""
+    from trimtab.environments.toy import PointEnvironment
+
+    return Case(PointEnvironment(discrete=True, seed=seed), {}, SMALL, hidden=(5, 4), seed=seed)
+
+
+CASES: dict[str, Callable[[int], Case]] = {"text": text, "pairs": pairs, "steps": steps, "choices": choices}
 
 
 def case(name: str, seed: int = 0) -> Case:

@@ -1,0 +1,181 @@
+"""Stochastic policies over vectors of observations: a diagonal Gaussian and a categorical one; and a value beside them.
+
+All answer `evaluate(batch, want)` with `[N, T]` results that are 0 where `mask` is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.core.batch import Batch
+from trimtab.core.contracts import Decision
+from trimtab.policies.layers import MLP, Inputs
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+EDGE = 1e-6  # how close to the ends of its interval a tanh action may come, as a share of half the interval
+
+
+def masked(value: Tensor, batch: Batch) -> Tensor:
+    """`value` where our policy decided, 0 elsewhere; a padded decision may hold anything, nan too."""
+    mask = batch["mask"]
+    return value if bool(mask.all()) else torch.where(mask, value, torch.zeros_like(value))
+
+
+class Gaussian(nn.Module):
+    """`a ~ N(mu(s), diag(sigma^2))`, log sigma a parameter that does not depend on the state.
+
+    `log pi = sum_j [-((a_j - mu_j) / sigma_j)^2 / 2 - log sigma_j - log(2 pi) / 2]`. The action is unbounded, and the
+    log-probability is that of the action before the environment clips it.
+    bounds: `(low, high)` `[A]` make it `a = c tanh(u) + b`, `u` the Gaussian, c and b the half width and the middle;
+    then `log pi = log N(u) - sum_j log(c_j (1 - tanh^2 u_j))` and there is no entropy in closed form. `u` comes back
+    from the action itself, which stays 1e-6 of half the interval away from its ends.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        mean: MLP,
+        shape: tuple[int, ...],
+        *,
+        log_std: float = 0.0,
+        bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.mean, self.shape, self.begin = inputs, mean, shape, log_std
+        self.log_std = nn.Parameter(torch.full((math.prod(shape),), log_std, dtype=inputs.dtype))
+        self.bounded = bounds is not None
+        if bounds is not None:
+            low, high = (b.to(inputs.dtype).flatten() for b in bounds)
+            self.register_buffer("half", (high - low) / 2, persistent=False)
+            self.register_buffer("middle", (high + low) / 2, persistent=False)
+        self.provides = frozenset({"logp", "mean", "std"} | ({"entropy"} if bounds is None else set()))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_std, self.begin)
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        mean = self.mean(self.inputs(batch["obs"])) if want - {"std", "entropy"} else None
+        if mean is not None and "logp" in want:
+            made["logp"] = masked(self.density(mean, batch["action"].flatten(2)), batch)
+        if mean is not None and "mean" in want:
+            made["mean"] = mean
+        if "std" in want:
+            made["std"] = self.log_std.exp().expand(*batch["mask"].shape, -1)
+        if "entropy" in want:
+            each = (self.log_std + (0.5 + LOG_SQRT_2PI)).sum()
+            made["entropy"] = masked(each.expand(batch["mask"].shape), batch)
+        return made
+
+    def density(self, mean: Tensor, action: Tensor) -> Tensor:
+        """`log pi` of flat actions `[..., A]` under means of the same shape, `[...]`."""
+        log_std = self.log_std
+        if not self.bounded:
+            return (-0.5 * ((action - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI).sum(-1)
+        y = ((action - self.middle) / self.half).clamp(-1 + EDGE, 1 - EDGE)
+        u = torch.atanh(y)
+        # log(1 - tanh^2 u) = 2 (log 2 - u - softplus(-2 u)), which does not lose the small ones.
+        change = self.half.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return (-0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI - change).sum(-1)
+
+    def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
+        with torch.inference_mode():
+            mean = self.mean(self.inputs(obs))
+            noise = torch.empty_like(mean).normal_(generator=rng)
+            action = self._outer(mean + self.log_std.exp() * noise)
+            return Decision(action.reshape(-1, *self.shape), self.density(mean, action)), carry
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The mean, or what `tanh` makes of it: the mode of the Gaussian that is squashed."""
+        with torch.inference_mode():
+            return self._outer(self.mean(self.inputs(obs))).reshape(-1, *self.shape)
+
+    def _outer(self, u: Tensor) -> Tensor:
+        return self.middle + self.half * u.tanh().clamp(-1 + EDGE, 1 - EDGE) if self.bounded else u
+
+
+class Categorical(nn.Module):
+    """`pi(a|s) = softmax(logits(s))_a`; of several independent choices (MultiDiscrete), the product.
+
+    choices: the number of actions of each choice. single: whether an action is one number `[...]`, not a vector.
+    """
+
+    provides = frozenset({"logp", "entropy"})
+
+    def __init__(self, inputs: Inputs, logits: MLP, choices: tuple[int, ...], single: bool) -> None:
+        super().__init__()
+        self.inputs, self.logits, self.choices, self.single = inputs, logits, choices, single
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        logps = self._logps(batch["obs"])
+        made: dict[str, Tensor] = {}
+        if "logp" in want:
+            made["logp"] = masked(self._taken(logps, batch["action"]), batch)
+        if "entropy" in want:
+            made["entropy"] = masked(-sum_of([(p.exp() * p).sum(-1) for p in logps]), batch)
+        return made
+
+    def _logps(self, obs: Tensor) -> list[Tensor]:
+        """Log-probabilities of every action, `[..., K]`, one for each choice."""
+        logits = self.logits(self.inputs(obs))
+        parts = (logits,) if len(self.choices) == 1 else logits.split(self.choices, -1)
+        return [p.log_softmax(-1) for p in parts]
+
+    def _taken(self, logps: list[Tensor], action: Tensor) -> Tensor:
+        picks = action[..., None] if self.single else action
+        return sum_of([p.gather(-1, picks[..., i : i + 1].long())[..., 0] for i, p in enumerate(logps)])
+
+    def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
+        with torch.inference_mode():
+            logps = self._logps(obs)
+            # Gumbel's trick: the argmax of log-probabilities plus such noise is a draw from them.
+            drawn = [(p - torch.empty_like(p).exponential_(generator=rng).log()).argmax(-1) for p in logps]
+            action = drawn[0] if self.single else torch.stack(drawn, -1)
+            return Decision(action, self._taken(logps, action)), carry
+
+    def mode(self, obs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            best = [p.argmax(-1) for p in self._logps(obs)]
+            return best[0] if self.single else torch.stack(best, -1)
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class Value(nn.Module):
+    """`V(s)`, one number for each observation."""
+
+    provides = frozenset({"value"})
+
+    def __init__(self, inputs: Inputs, net: MLP) -> None:
+        super().__init__()
+        self.inputs, self.net = inputs, net
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        return {"value": masked(self.net(self.inputs(batch["obs"]))[..., 0], batch)} if "value" in want else {}
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value with no layer in common, trained as one: their gradient is clipped by one norm."""
+
+    def __init__(self, actor: Gaussian | Categorical, critic: Value) -> None:
+        super().__init__()
+        self.actor, self.critic = actor, critic
+        self.provides = actor.provides | critic.provides
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        decided = want - {"value"}
+        made = self.actor.evaluate(batch, decided) if decided else {}
+        return {**made, **self.critic.evaluate(batch, want)} if "value" in want else made
+
+    def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
+        return self.actor.act(obs, carry, rng)
+
+    def mode(self, obs: Tensor) -> Tensor:
+        return self.actor.mode(obs)
