@@ -216,14 +216,28 @@ class TabularEnvironment:
 
 
 def random_mdp(
-    states: int = 6, actions: int = 3, horizon: int = 20, *, tables: int = 0, envs: int = 1, seed: int = 0
+    states: int = 6,
+    actions: int = 3,
+    horizon: int = 20,
+    *,
+    final: bool = False,
+    tables: int = 0,
+    envs: int = 1,
+    seed: int = 0,
 ) -> TabularEnvironment:
-    """`P(.|s, a)` Dirichlet(0.3), rewards uniform on [0, 1], uniform start; `tables` seeds them, `seed` the episodes."""
+    """`P(.|s, a)` Dirichlet(0.3), rewards uniform on [0, 1], uniform start.
+
+    final: whether entering the last state ends an episode. tables: the seed of probabilities and rewards. seed: that of
+    the episodes.
+    """
     draw = np.random.default_rng(tables)
     transition = torch.from_numpy(draw.dirichlet([0.3] * states, size=(states, actions)))
     reward = torch.from_numpy(draw.random((states, actions)))
     start = torch.full((states,), 1 / states, dtype=torch.float64)
-    return TabularEnvironment(transition, reward, start=start, horizon=horizon, envs=envs, seed=seed)
+    terminal = (torch.arange(states) == states - 1) & final
+    return TabularEnvironment(
+        transition, reward, start=start, horizon=horizon, terminal=terminal, envs=envs, seed=seed
+    )
 
 
 def grid(size: int = 5, horizon: int = 20, *, envs: int = 1, seed: int = 0) -> TabularEnvironment:

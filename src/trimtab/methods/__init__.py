@@ -1,5 +1,8 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.control import gpomdp as gpomdp
+from trimtab.methods.control import harpg as harpg
+from trimtab.methods.control import npg_igt as npg_igt
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
