@@ -69,12 +69,14 @@ class TabularEnvironment:
         expected = (self.states, self.actions, self.states)
         if self.transition.shape != expected or self.initial.shape != (self.states,):
             raise EnvironmentFailure(
-                f"transition has shape {list(self.transition.shape)} and start {list(self.initial.shape)}; with rewards "
-                f"{[self.states, self.actions]} they must be {list(expected)} and {[self.states]}"
+                f"transition has shape {list(self.transition.shape)} and start {list(self.initial.shape)}; with "
+                f"rewards {[self.states, self.actions]} they must be {list(expected)} and {[self.states]}"
             )
         for name, table in (("transition", self.transition), ("start", self.initial)):
             if bool((table < 0).any()) or bool(((table.sum(-1) - 1).abs() > ROUNDING).any()):
-                raise EnvironmentFailure(f"{name} holds rows that are no probabilities: each must sum to 1, none below 0")
+                raise EnvironmentFailure(
+                    f"{name} holds rows that are no probabilities: each must sum to 1, none below 0"
+                )
         if self.horizon < 1 or self.envs < 1:
             raise EnvironmentFailure(f"horizon={self.horizon} and envs={self.envs} must both be at least 1")
 
@@ -163,8 +165,8 @@ class TabularEnvironment:
         lengths = torch.tensor([len(row[0]) for row in rows])
         width = int(lengths.max()) if n else 0
         obs, action_, next_obs, reward = (
-            torch.tensor([r[k] + [0] * (width - len(r[k])) for r in rows], dtype=torch.float64 if k == 3 else torch.long)
-            for k in range(4)
+            torch.tensor([r[k] + [0] * (width - len(r[k])) for r in rows], dtype=kind)
+            for k, kind in enumerate((torch.long, torch.long, torch.long, torch.float64))
         )
         place = torch.arange(width)
         mask, last = place < lengths[:, None], place == lengths[:, None] - 1
@@ -235,9 +237,7 @@ def random_mdp(
     reward = torch.from_numpy(draw.random((states, actions)))
     start = torch.full((states,), 1 / states, dtype=torch.float64)
     terminal = (torch.arange(states) == states - 1) & final
-    return TabularEnvironment(
-        transition, reward, start=start, horizon=horizon, terminal=terminal, envs=envs, seed=seed
-    )
+    return TabularEnvironment(transition, reward, start=start, horizon=horizon, terminal=terminal, envs=envs, seed=seed)
 
 
 def grid(size: int = 5, horizon: int = 20, *, envs: int = 1, seed: int = 0) -> TabularEnvironment:

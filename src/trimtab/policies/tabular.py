@@ -14,7 +14,7 @@ from trimtab.core.contracts import Decision
 class TableSoftmax(nn.Module):
     """`pi(a|s) = softmax(logits[s])_a`, and a table of values `V(s)` beside it if asked for; float64.
 
-    scale: logits begin `N(0, scale^2)`, drawn from `seed`; uniform at 0. critic: whether there are values, zero at first.
+    scale: logits begin `N(0, scale^2)`, drawn from `seed`; uniform at 0. critic: whether there are values, 0 at first.
     """
 
     def __init__(self, states: int, actions: int, *, scale: float = 0.0, critic: bool = False, seed: int = 0) -> None:

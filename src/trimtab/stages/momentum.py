@@ -1,7 +1,7 @@
 """Directions that track the gradient while the parameters move, and one step along them.
 
-`g` is the gradient of the track's losses, so everything here is in loss space: `d` tracks `-grad J`. The directions need
-gradients at another point and Hessian-vector products, one trajectory a row; none needs importance weights.
+`g` is the gradient of the track's losses, so everything here is in loss space: `d` tracks `-grad J`. The directions
+need gradients at another point and Hessian-vector products, one trajectory a row; none needs importance weights.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def _weight_sane(options: Mapping[str, Any]) -> str | None:
 
 
 @piece("collect", writes=("point",), validate=_weight_sane)
-def beside(
-    kit: Kit, *, inner: Callable[[], Batch], also: Callable[[], Batch], weight: float = 1.0
-) -> Batch:
+def beside(kit: Kit, *, inner: Callable[[], Batch], also: Callable[[], Batch], weight: float = 1.0) -> Batch:
     """A wrap: the rows of another collect (`point` = 1) after those of the one inside (`point` = 0).
 
     weight: of what the other rows are for, a number or a schedule; where it is 0 they are not collected.
@@ -143,8 +141,8 @@ def transported(kit: Kit, closure: Closure, *, eta: float) -> Vector:
 def corrected(kit: Kit, closure: Closure, *, eta: float, outer: float = 1.0) -> Vector:
     """`d_t = (1 - eta) (d_{t-1} + B(tau^, theta^) (theta_t - theta_{t-1})) + eta g(tau, theta_t)`.
 
-    `tau^` are the rows with `point` = 1, sampled at the copy "midpoint", a uniform point of the last step, so the second
-    term is an unbiased estimate of what the gradient changed (Fatkhullin et al. 2023, arXiv 2302.01734, HARPG).
+    `tau^` are the rows with `point` = 1, sampled at the copy "midpoint", a uniform point of the last step, so the
+    second term is an unbiased estimate of what the gradient changed (Fatkhullin et al. 2023, arXiv 2302.01734, HARPG).
     eta: in (0, 1]. outer: factor of the curvature's outer product; only 1 is unbiased, the released code has its sign
     wrong.
     """

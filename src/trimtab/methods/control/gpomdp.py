@@ -53,9 +53,10 @@ def gpomdp(
 def n_sgdm(base: Method, *, lr: float = 0.1, decay: float = 1.0, eta0: float = 1.0, eta_decay: float = 2 / 3) -> Method:
     """Edits to gpomdp: the step follows a running average of gradients, and is normalised.
 
-    `d_t = (1 - eta_t) d_{t-1} + eta_t g_t`, `theta <- theta - lr_t d_t / |d_t|`, with `eta_t = eta0 (2 / (t + 2))^eta_decay`
-    (at most 1) and `lr_t = lr (2 / (t + 2))^decay`: Fatkhullin et al. 2023, arXiv 2302.01734, the method that theirs are
-    compared with. Old gradients belong to old parameters, so `|d_t - g|` falls as `t^(-1/3)` only.
+    `d_t = (1 - eta_t) d_{t-1} + eta_t g_t`, `theta <- theta - lr_t d_t / |d_t|`: what N-PG-IGT and HARPG are compared
+    with in Fatkhullin et al. 2023, arXiv 2302.01734. Old gradients belong to old parameters, so `|d_t - g(theta_t)|`
+    falls as `t^(-1/3)` only.
+    lr, decay: `lr_t = lr (2 / (t + 2))^decay`. eta0, eta_decay: `eta_t = eta0 (2 / (t + 2))^eta_decay`, at most 1.
     """
     eta = power(eta0, eta_decay, ceiling=1.0)
     return base.swap("update", follow(direction=averaging(eta), lr=power(lr, decay), unit=True))
