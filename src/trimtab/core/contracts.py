@@ -28,7 +28,7 @@ class Policy(Protocol):
 
 
 class Decision(NamedTuple):
-    """What was decided for each of `E` observations: `action` `[E, *A]`, and its log-probability `[E]` if it has one."""
+    """What was decided for each of E observations: `action` `[E, *A]`, and its log-probability `[E]` if it has one."""
 
     action: Tensor
     logp: Tensor | None = None

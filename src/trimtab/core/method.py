@@ -251,8 +251,8 @@ class Method:
         return OnTrack(self, self.track(track).name)
 
     def but(self, **fields: Any) -> Method:
-        """Change `rows`, `passes`, `name`, `phases`, add `copies`, add or replace `networks`, or add a `track` (last, or
-        `before` another one)."""
+        """Change `rows`, `passes`, `name`, `phases`, add `copies` or a `track` (last, or `before` another one), add or
+        replace `networks`."""
         made = self
         for name, network in fields.pop("networks", {}).items():
             made = made._networked(name, network)

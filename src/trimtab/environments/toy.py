@@ -19,7 +19,7 @@ PUSHES = (-1.0, 0.0, 1.0)  # what the numbered actions do
 
 
 class PointEnvironment:
-    """`x <- 0.9 x + 0.6 push + 0.1 drift`, reward `1 - x^2`; terminated where |x| > 1.5, truncated after `longest` steps.
+    """`x <- 0.9 x + 0.6 push + 0.1 drift`, reward `1 - x^2`; terminated at |x| > 1.5, truncated after `longest` steps.
 
     An observation is `(x, drift)`; the drift is new at every step. Each environment starts its episodes at a random x.
     """
