@@ -176,14 +176,15 @@ class TabularEnvironment:
 
     # -- known exactly -------------------------------------------------------------------------------------------
     def objective(self, probs: Tensor, discount: float = 1.0) -> Tensor:
-        """`J = E[sum_{t < horizon} discount^t r_t]` of the policy `probs` [S, A], 0-d, differentiable.
+        """`J = E[sum_{t < horizon} discount^t r_t]` of policies `probs` [..., S, A], differentiable, `[...]`.
 
         By dynamic programming; a state that ends the episode is worth nothing.
         """
-        alive, value = (~self.terminal).to(probs.dtype), probs.new_zeros(self.states)
+        alive, value = (~self.terminal).to(probs.dtype), probs.new_zeros(probs.shape[:-1])
         for _ in range(self.horizon):
-            value = (probs * (self.reward + discount * self.transition @ (alive * value))).sum(-1)
-        return self.initial @ value
+            later = torch.einsum("saz,...z->...sa", self.transition, alive * value)
+            value = (probs * (self.reward + discount * later)).sum(-1)
+        return value @ self.initial
 
     # -- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
