@@ -19,7 +19,11 @@ from trimtab.core.errors import MethodError
 from trimtab.core.schedules import linear, warmup
 from trimtab.environments.text import load_environment
 from trimtab.report.folder import RunFolder
-from trimtab.runs.experiment import Request, build, command, config, configured, literal, resume, train
+from trimtab.runs.commands import command
+from trimtab.runs.experiment import config, resume, train
+from trimtab.runs.literals import literal
+from trimtab.runs.request import Request, configured
+from trimtab.runs.worlds import build
 
 ENV = "toy:sum(limit=5)"
 SMALL = ("collect.prompts=3", "collect.group=4", "collect.new_tokens=3", "update.lr=3e-3")

@@ -39,6 +39,33 @@ class Guard:
             )
 
 
+class Picked(Mapping[str, Column]):
+    """The columns of some rows of a batch, each gathered when it is first read."""
+
+    def __init__(self, source: Mapping[str, Column], rows: Tensor, own: dict[str, Column]) -> None:
+        self.source, self.rows, self.own = source, rows, own
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self.own:
+            self.own[name] = _gathered(self.source[name], self.rows)
+        return self.own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self.source, *self.own]))
+
+    def __len__(self) -> int:
+        return len({*self.source, *self.own})
+
+
+def _gathered(column: Column, rows: Tensor) -> Column:
+    if isinstance(column, Tensor):
+        return column.index_select(0, rows.to(column.device))
+    return [column[i] for i in rows.tolist()]
+
+
 @dataclass(frozen=True)
 class Batch(Mapping[str, Column]):
     """Named columns over the same `N` rows.
@@ -49,8 +76,16 @@ class Batch(Mapping[str, Column]):
     Raises `ColumnError` when a column is missing, or when a new one has another number of rows.
     """
 
-    columns: dict[str, Column] = field(default_factory=dict)
+    columns: Mapping[str, Column] = field(default_factory=dict)
     guard: Guard | None = None
+    _known: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # see `same`
+
+    @classmethod
+    def _sound(cls, columns: Mapping[str, Column], guard: Guard | None, known: dict[str, Any]) -> Batch:
+        """A batch of columns that are known to have the same rows."""
+        made = object.__new__(cls)
+        made.__dict__.update(columns=columns, guard=guard, _known=known)
+        return made
 
     def __post_init__(self) -> None:
         try:
@@ -70,7 +105,7 @@ class Batch(Mapping[str, Column]):
         return self.columns[name]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "columns":
+        if name.startswith("_") or name == "columns":
             raise AttributeError(name)
         return self[name]
 
@@ -83,10 +118,22 @@ class Batch(Mapping[str, Column]):
 
     def __len__(self) -> int:
         """The number of rows `N`."""
+        if isinstance(self.columns, Picked):
+            return len(self.columns.rows)
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns
+
+    def same(self, name: str) -> Any:
+        """The one value that a column holds everywhere, or None; asked of a batch once, and known of rows of it."""
+        if name not in self._known:
+            column = self.columns.get(name)
+            if not isinstance(column, Tensor) or not column.numel():
+                return None
+            first = column.flatten()[0]
+            self._known[name] = first.item() if bool((column == first).all()) else None
+        return self._known[name]
 
     @property
     def decisions(self) -> int:
@@ -102,30 +149,36 @@ class Batch(Mapping[str, Column]):
         if self.guard is not None:
             for name in columns:
                 self.guard.check(name, writing=True)
-        return Batch({**self.columns, **columns}, self.guard)
+        n = len(self)
+        if not self.columns or any(getattr(c, "shape", (1,)) == () or len(c) != n for c in columns.values()):
+            return Batch({**self.columns, **columns}, self.guard)  # which says what is wrong, if anything is
+        mine, known = self.columns, {k: v for k, v in self._known.items() if k not in columns}
+        if isinstance(mine, Picked):
+            return Batch._sound(Picked(mine.source, mine.rows, {**mine.own, **columns}), self.guard, known)
+        return Batch._sound({**mine, **columns}, self.guard, known)
 
     def take(self, rows: Tensor) -> Batch:
         """The rows of a long index `[n]` or a bool mask `[N]`, in that order."""
+        picked = self.pick(rows)
+        return Batch._sound(dict(picked.columns), self.guard, picked._known)
+
+    def pick(self, rows: Tensor) -> Batch:
+        """`take`, but a column is gathered only when it is read: for rows that are needed shortly, such as a minibatch.
+
+        It holds on to the batch that it was taken from.
+        """
         if rows.dtype == torch.bool and len(rows) != len(self):
             raise ColumnError(f"a mask of {len(rows)} rows cannot choose from a batch of {len(self)}")
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-        picks = index.tolist()
-        return Batch(
-            {
-                name: column.index_select(0, index.to(column.device))
-                if isinstance(column, Tensor)
-                else [column[i] for i in picks]
-                for name, column in self.columns.items()
-            },
-            self.guard,
-        )
+        known = {k: v for k, v in self._known.items() if v is not None}
+        return Batch._sound(Picked(self.columns, index, {}), self.guard, known)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same columns on another device."""
         return Batch({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.columns.items()}, self.guard)
 
     def guarded(self, guard: Guard | None) -> Batch:
-        return Batch(self.columns, guard)
+        return self if guard is self.guard else Batch._sound(self.columns, guard, self._known)
 
     def by(self, level: str) -> Segments:
         """Helpers over the rows that share an id at this level: `batch.by("group").mean(score)`."""

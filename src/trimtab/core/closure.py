@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, reduce, rows_of, split, units, weights
+from trimtab.core.terms import Term, concerned, reduce, split, units, weights
 
 Params = Mapping[str, Tensor]
 
@@ -59,18 +60,16 @@ class Closure:
     def __init__(self, kit: Kit, track: Track, batch: Batch) -> None:
         self.kit, self.track, self.batch = kit, track, batch
         self.model: nn.Module = kit.models[track.trains]
-        self.losses = track.of("loss")
-        self.wants = frozenset().union(*(p.union("wants") for p in self.losses))
-        self._unit = next((p.core.options["unit"] for p in self.losses if p.core.options["unit"] != "row"), "row")
+        known = track.losses
+        self.losses, self.wants, self._unit, self._idle = known.pieces, known.wants, known.unit, known.idle
         self._ready: tuple[int, dict[str, Tensor]] | None = None
-        scoped = [p for p in self.losses if any(q.stage == "part" and q.at == "update" for q in p.walk())]
-        if scoped:
-            self._prepare(scoped)
+        if known.scoped:
+            self._prepare(list(known.scoped))
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return self.kit.trained(self.track.trains)
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -84,11 +83,14 @@ class Closure:
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
                 values = {name: t.sum() for name, t in terms.items()}
+                totals: dict[int, Tensor] = {}  # metrics of one loss share their weights
                 for name, v in values.items():
                     sums[name] = sums[name] + v.detach() if name in sums else v.detach()
                     if terms[name].metric:
-                        weight = terms[name].weight.sum()
-                        weighed[name] = weighed[name] + weight if name in weighed else weight
+                        weight = terms[name].weight
+                        total = totals[id(weight)] if id(weight) in totals else weight.sum()
+                        totals[id(weight)] = total
+                        weighed[name] = weighed[name] + total if name in weighed else total
                 added = [v for name, v in values.items() if not terms[name].metric]
                 if not added:
                     continue
@@ -131,14 +133,25 @@ class Closure:
 
     def _weights(self, rows: Batch) -> list[Tensor]:
         """For each loss, `[2, N, T]`: the weights of its terms, and those of its metrics (a mean over decisions)."""
-        double = next(self.model.parameters()).dtype == torch.float64
-        return [weights(rows, p.core.options, torch.float64 if double else torch.float32) for p in self.losses]
+        double = next(iter(self.params.values())).dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        made: dict[Any, Tensor] = {}
+        for p in self.losses:
+            o = p.core.options
+            key = (o["rows"], o["per"])
+            if key not in made:
+                made[key] = weights(rows, o, dtype)
+        return [made[p.core.options["rows"], p.core.options["per"]] for p in self.losses]
 
     def _micro(self, where: Tensor | None) -> Iterator[dict[str, Weighted]]:
         rows = self._rows(where)
         scale = self._weights(rows)
         live = self._live(rows)
-        parts = split(units(rows, self._unit), self.kit.memory) if live is None else self._live_parts(rows, live)
+        memory = self.kit.memory
+        if live is None and (memory is None or memory >= len(rows)):
+            yield self._terms(rows, scale)
+            return
+        parts = split(units(rows, self._unit), memory) if live is None else self._live_parts(rows, live)
         for part in parts:
             whole = len(parts) == 1 and len(part) == len(rows)
             micro = rows if whole else rows.take(part)
@@ -149,10 +162,9 @@ class Closure:
 
         A wrap may add to what it surrounds, so it must declare that too.
         """
-        tests = [q.idle for p in self.losses for q in p.walk() if q.stage == "loss"]
-        if not tests or None in tests:
+        if self._idle is None:
             return None
-        dead = torch.stack([test(rows.guarded(None)) for test in tests if test]).all(0)
+        dead = torch.stack([test(rows.guarded(None)) for test in self._idle]).all(0)
         return None if not bool(dead.any()) else ~dead
 
     def _live_parts(self, rows: Batch, live: Tensor) -> list[Tensor]:
@@ -169,13 +181,15 @@ class Closure:
         count_rows(plain)
         now = self._now(rows)
         made: dict[str, Weighted] = {}
+        views: dict[int, tuple[Tensor, ...]] = {}
         for p, weight in zip(self.losses, scale):
-            per, chosen = p.core.options["per"], rows_of(plain, p.core.options["rows"])
-            whole = bool(chosen.all())
-            for term in self._run(p, plain, now, None if whole else chosen):
+            per, chosen = p.core.options["per"], concerned(plain, p.core.options["rows"])
+            whole = chosen is None
+            cuts = views.setdefault(id(weight), weight.unbind(0))
+            for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
-                cut = weight[1 if term.metric else 0]
+                cut = cuts[1 if term.metric else 0]
                 cut = cut if whole else cut[chosen]
                 if term.metric and term.value.dim() == 1:  # each row counts once, however long it is
                     cut = (cut.sum(1, keepdim=True) > 0).to(cut.dtype)
@@ -233,8 +247,7 @@ class Closure:
         rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                chosen = rows_of(rows, p.core.options["rows"])
-                self._run(p, rows, now, None if bool(chosen.all()) else chosen)
+                self._run(p, rows, now, concerned(rows, p.core.options["rows"]))
         self.kit.preparing = False
 
     @contextmanager
@@ -263,7 +276,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if torch.isfinite(made.loss) and torch.isfinite(made.norm):
+        if math.isfinite(float(made.loss.detach() + made.norm)):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

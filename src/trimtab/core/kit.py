@@ -15,7 +15,7 @@ from trimtab.core.errors import MethodError, PurityError, nearest
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
 from trimtab.core.stopwatch import count_rows, timed
-from trimtab.core.terms import rows_of, split
+from trimtab.core.terms import concerned, split
 
 
 class Own(MutableMapping[str, Any]):
@@ -63,6 +63,7 @@ class Kit:
         self.models: Mapping[str, nn.Module] = state.lookup()
         self.environment: Any = state.environment
         self.clock: Clock = state.clock
+        self._trained: dict[str, dict[str, Tensor]] = {}
         self._decided: list[int] = []  # shared by the kits that `of` hands out, like the logs
         self.single = True
         self.preparing = True
@@ -77,6 +78,13 @@ class Kit:
         other = copy.copy(self)
         other.state = Own(self._tree.pieces, self.scope, piece)
         return other
+
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a model that are trained, by name; looked up once a turn."""
+        if name not in self._trained:
+            named = self.models[name].named_parameters()
+            self._trained[name] = {n: p for n, p in named if p.requires_grad}
+        return self._trained[name]
 
     def rng(self, name: str) -> torch.Generator:
         """A named random stream of the run; it is saved, and it does not depend on any other stream."""
@@ -177,8 +185,8 @@ class Kit:
         self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
         self.preparing = True
         reserved = piece.core.options
-        chosen = rows_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else rows_of(batch, None)
-        if bool(chosen.all()):
+        chosen = concerned(batch, reserved["rows"]) if piece.stage in ("credit", "select") else None
+        if chosen is None:
             return self._guarded(piece, batch, *now)
         made = batch.take(chosen)
         if len(made):
@@ -221,8 +229,16 @@ class Kit:
         logs, self._logs[:] = list(self._logs), []
         if not logs:
             return {}
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for _, v in logs]).tolist()
+        values: list[Any] = [v for _, v in logs]
+        alike: dict[Any, list[int]] = {}
+        for i, v in enumerate(values):
+            if isinstance(v, Tensor):
+                alike.setdefault((v.dtype, v.device), []).append(i)
+        for places in alike.values():
+            read = torch.stack([values[i] for i in places]).double().tolist()
+            for i, number in zip(places, read):
+                values[i] = number
         sums: dict[str, list[float]] = {}
         for (name, _), v in zip(logs, values):
-            sums.setdefault(name, []).append(v)
+            sums.setdefault(name, []).append(float(v))
         return {name: sum(v) / len(v) for name, v in sums.items()}

@@ -135,11 +135,14 @@ def updates(state: State, kit: Kit, batch: Batch) -> None:
     """All updates of one batch: passes x parts, each with its shared update-scope pieces, then its tracks."""
     method = kit.method
     ids = units(batch, _unit(method))
+    if method.rows is not None:  # what holds for the batch need not be asked of each of its parts
+        for name in ("source", "mask", "keep"):
+            batch.same(name)
     stopped: set[str] = set()
     for sweep in range(method.passes):
         parts = split(ids, method.rows, kit.rng("shuffle") if method.rows else None)
         for i, part in enumerate(parts):
-            rows = batch if len(parts) == 1 else batch.take(part)
+            rows = batch if len(parts) == 1 else batch.pick(part)
             last = sweep == method.passes - 1 and i == len(parts) - 1
             rows = scoped(kit, rows, method.pieces, "policy")
             for track in method.tracks:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from trimtab.core.copies import Copy
@@ -54,6 +55,32 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """The losses of a track with what is the same in every update.
+
+    wants: of the model. unit: what a micro-batch keeps whole. scoped: those with parts that see the whole update. idle:
+    each loss's own test for rows that it is silent on, None where one of them has none.
+    """
+
+    pieces: tuple[Piece, ...]
+    wants: frozenset[str]
+    unit: str
+    scoped: tuple[Piece, ...]
+    idle: tuple[Callable[[Any], Any], ...] | None
+
+    @classmethod
+    def of(cls, pieces: tuple[Piece, ...]) -> Losses:
+        tests = [q.idle for p in pieces for q in p.walk() if q.stage == "loss"]
+        return cls(
+            pieces,
+            frozenset().union(*(p.union("wants") for p in pieces)),
+            next((p.core.options["unit"] for p in pieces if p.core.options["unit"] != "row"), "row"),
+            tuple(p for p in pieces if any(q.stage == "part" and q.at == "update" for q in p.walk())),
+            tuple(t for t in tests if t) if tests and None not in tests else None,
+        )
+
+
+@dataclass(frozen=True)
 class Track:
     """One learner: the model it trains, its own pieces, its terms, and how its parameters move.
 
@@ -76,6 +103,10 @@ class Track:
 
     def of(self, stage: str) -> tuple[Piece, ...]:
         return tuple(p for p in self.pieces if p.stage == stage)
+
+    @cached_property
+    def losses(self) -> Losses:
+        return Losses.of(self.of("loss"))
 
     def all(self) -> tuple[Piece, ...]:
         return (*self.pieces, self.update)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 from trimtab.core.errors import MethodError, nearest
@@ -93,7 +93,10 @@ class Piece:
 
     def union(self, what: str) -> frozenset[str]:
         """`reads`, `writes` or `wants` of this piece and all its parts."""
-        return frozenset().union(*(getattr(p, what) for p in self.walk()))
+        held: dict[str, frozenset[str]] = self.__dict__.setdefault("_unions", {})
+        if what not in held:
+            held[what] = frozenset().union(*(getattr(p, what) for p in self.walk()))
+        return held[what]
 
     def flatten(self, prefix: str) -> dict[str, Any]:
         """`path -> value` of this piece, its options and its parts, in order."""
@@ -158,6 +161,15 @@ class Piece:
         return self
 
     # -- running ------------------------------------------------------------------------------------------------
+    @cached_property
+    def _sorted(self) -> tuple[dict[str, Any], list[tuple[str, Piece]], list[tuple[str, Schedule]]]:
+        """The options that the function is given: plain values, parts, schedules."""
+        given = {n: v for n, v in self.options.items() if n not in RESERVED.get(self.stage, ())}
+        parts = [(n, v) for n, v in given.items() if isinstance(v, Piece)]
+        schedules = [(n, v) for n, v in given.items() if isinstance(v, Schedule)]
+        moving = {n for n, _ in (*parts, *schedules)}
+        return {n: v for n, v in given.items() if n not in moving}, parts, schedules
+
     def __call__(self, kit: Any, *args: Any) -> Any:
         """Run with these options: schedules resolved, parts bound to the same kit."""
         if self.stage == "part" and self.at == "update":
@@ -166,16 +178,12 @@ class Piece:
 
     def _run(self, kit: Any, *args: Any) -> Any:
         kit = kit.of(self)
-        reserved = RESERVED.get(self.stage, ())
-        options = {}
-        for name, value in self.options.items():
-            if name in reserved:
-                continue
-            if isinstance(value, Piece):
-                value = partial(value, kit)
-            elif isinstance(value, Schedule):
-                value = value(kit.clock)
-            options[name] = value
+        plain, parts, schedules = self._sorted
+        options = dict(plain)
+        for name, part in parts:
+            options[name] = partial(part, kit)
+        for name, schedule in schedules:
+            options[name] = schedule(kit.clock)
         return self.fn(kit, *args, **options) if self.takes_kit else self.fn(*args, **options)
 
 

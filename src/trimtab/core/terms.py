@@ -70,6 +70,15 @@ def rows_of(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor:
     return torch.isin(source, torch.tensor([SOURCES.index(n) for n in names], device=source.device))
 
 
+def concerned(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor | None:
+    """`rows_of`, or None where that is every row; quick where all rows have one source."""
+    source = batch.same("source") if rows is not None else None
+    if rows is None or (source is not None and SOURCES[source] in ((rows,) if isinstance(rows, str) else rows)):
+        return None
+    chosen = rows_of(batch, rows)
+    return None if bool(chosen.all()) else chosen
+
+
 def mask_of(batch: Batch) -> Tensor:
     """Decisions that may learn, `[N, T]`: `keep`, else `mask`; one decision per row when there is neither."""
     for name in ("keep", "mask"):
@@ -90,8 +99,13 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
     `m` is `keep`; rows outside the loss's `rows` do not count at all; rows with an empty mask count. Metrics are means
     over decisions ("token") whatever the terms' reduction, or over rows where the metric has one value a row.
     """
+    every = concerned(batch, options["rows"]) is None
+    keep = mask_of(batch)
+    if every and options["per"] == "token" and batch.same("keep" if "keep" in batch.columns else "mask") == 1:
+        # The same weight everywhere is held once.
+        return torch.full((), 1 / keep.numel(), dtype=dtype, device=keep.device).expand(2, *keep.shape)
     chosen = rows_of(batch, options["rows"])
-    m = mask_of(batch).to(dtype) * chosen[:, None]
+    m = keep.to(dtype) * chosen[:, None]
     token = m / m.sum().clamp_min(1)
     return torch.stack([token if options["per"] == "token" else _weights(batch, options["per"], m, chosen), token])
 
@@ -123,6 +137,8 @@ def reduce(value: Tensor, weight: Tensor, per: object) -> Tensor:
         if per == "row_sum" or isinstance(per, fixed):
             raise MethodError(f"a term with one value per row cannot be reduced per={per!r}; use per='row'")
         weight = weight.sum(1)
+    elif weight.stride() == (0, 0):  # the same everywhere
+        return value.sum() * weight.as_strided((), ())
     # Not value * weight alone: a padded decision may hold inf or nan, and 0 * inf is nan.
     return (torch.where(weight != 0, value, torch.zeros_like(value)) * weight).sum()
 

@@ -22,7 +22,7 @@ class GymEnvironment:
 
     spec: an id with parameters, `"HalfCheetah-v5(ctrl_cost_weight=0.05)"`. envs: E. seed: of every reset; an episode is
     reset with a seed made from this and its id alone. longest: steps after which an episode without a time limit is an
-    error. render: make pictures (`frame`).
+    error. render: make pictures (`frame`). first: the id of the first episode.
 
     obs: float32 `[E, *O]`, what every environment shows now; never written into again, like all that `step` returns.
     observation_space, action_space: of one environment. finished: episodes that ended, until somebody drains them.
@@ -34,7 +34,14 @@ class GymEnvironment:
     """
 
     def __init__(
-        self, spec: str, *, envs: int = 1, seed: int = 0, longest: int = LONGEST, render: bool = False
+        self,
+        spec: str,
+        *,
+        envs: int = 1,
+        seed: int = 0,
+        longest: int = LONGEST,
+        render: bool = False,
+        first: int = 0,
     ) -> None:
         if envs < 1:
             raise EnvironmentFailure(f"envs={envs} must be at least 1: how many environments are stepped together")
@@ -49,7 +56,7 @@ class GymEnvironment:
         self._zeros = np.zeros(max(envs, math.prod(self._shape)), np.float32)
         self._prepare_actions()
         self._started = False
-        self._next_episode = 0
+        self._next_episode = first
         self._episode = [0] * envs
         self._total, self._length = [0.0] * envs, [0] * envs
         self._played: list[list[Any]] = [[] for _ in range(envs)]
@@ -246,7 +253,7 @@ class GymEnvironment:
     def describe(self) -> dict[str, Any]:
         """For `config.json`."""
         return {
-            "id": self.spec,
+            "name": self.spec,
             "envs": self.envs,
             "observation": str(self.observation_space),
             "action": str(self.action_space),
@@ -256,6 +263,11 @@ class GymEnvironment:
     def frame(self) -> Any:
         """A picture of the first environment, uint8 `[H, W, 3]`; None where it makes none."""
         return self._worlds[0].render()
+
+    @property
+    def frames_per_second(self) -> float:
+        """How fast its pictures are meant to be shown."""
+        return float(self._worlds[0].metadata.get("render_fps") or 30)
 
     def close(self) -> None:
         """Let go of what the environments hold (simulators, windows)."""

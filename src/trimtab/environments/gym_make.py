@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import importlib
 import inspect
 from contextlib import suppress
 from typing import Any
@@ -33,12 +35,17 @@ def parse_gym_spec(text: str) -> tuple[str, dict[str, Any]]:
 def find_spec(name: str) -> Any:
     """The registered specification of an id. Raises EnvironmentFailure with the nearest ids."""
     gym = gymnasium()
-    try:
+    module, colon, plain = name.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)  # its ids are registered on import
+        except Exception as error:  # a module may raise anything while it is imported
+            raise EnvironmentFailure(
+                f"The environment {name!r} cannot be had: importing {module!r} raised {type(error).__name__}: {error}"
+            ) from error
+    name = plain
+    with suppress(gym.error.Error):
         return gym.spec(name)
-    except gym.error.Error:
-        pass
-    except ImportError as error:  # "module:Id-v0" imports the module
-        raise EnvironmentFailure(f"The environment {name!r} cannot be had: {error}") from error
     known = list(gym.registry)
     folded = {key.lower(): key for key in known}
     close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)
@@ -75,7 +82,7 @@ def make_one(text: str, *, render: bool = False) -> tuple[Any, int | None]:
     """
     gym = gymnasium()
     name, options = parse_gym_spec(text)
-    spec = gym.spec(find_spec(name).id) if ":" not in name else find_spec(name)
+    spec = copy.deepcopy(find_spec(name))
     view = options.pop("observation", None)
     limit = options.pop("max_episode_steps", spec.max_episode_steps)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):

@@ -1,7 +1,9 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.control import actor_critic as actor_critic
 from trimtab.methods.control import gpomdp as gpomdp
 from trimtab.methods.control import harpg as harpg
+from trimtab.methods.control import natural_gradient as natural_gradient
 from trimtab.methods.control import npg_igt as npg_igt
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases

@@ -18,7 +18,7 @@ from trimtab.core.method import Method
 
 @dataclass(frozen=True)
 class Case:
-    """environment, models: freshly made. small: `address -> value`, applied where the method has that address.
+    """environment, models: freshly made. small: `address -> value`, applied where the method has a value there.
 
     hidden: the layers of every network that the method itself names, where the case has no models. seed: of those.
     """
@@ -35,7 +35,7 @@ class Case:
         for path, value in self.small.items():
             if path in ("rows", "passes") and getattr(method, path) not in (None, 1):
                 method = method.but(**{path: value})
-            elif path in known and "." in path:
+            elif "." in path and known.get(path) is not None:
                 method = method.set(path, value)
         smaller = {name: replace(n, hidden=self.hidden) for name, n in method.networks.items() if n.hidden}
         return method.but(networks=smaller) if smaller else method

@@ -1,6 +1,7 @@
 """Stochastic policies over vectors of observations: a diagonal Gaussian and a categorical one; and a value beside them.
 
-All answer `evaluate(batch, want)` with `[N, T]` results that are 0 where `mask` is 0.
+All answer `evaluate(batch, want)` with `[N, T]` results that are 0 where `mask` is 0. Policies also say how far two
+distributions are apart: `divergence` of what `evaluate` calls "distribution".
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ EDGE = 1e-6  # how close to the ends of its interval a tanh action may come, as 
 
 def masked(value: Tensor, batch: Batch) -> Tensor:
     """`value` where our policy decided, 0 elsewhere; a padded decision may hold anything, nan too."""
-    mask = batch["mask"]
-    return value if bool(mask.all()) else torch.where(mask, value, torch.zeros_like(value))
+    return value if batch.same("mask") == 1 else torch.where(batch["mask"], value, torch.zeros_like(value))
 
 
 class Gaussian(nn.Module):
@@ -53,7 +53,7 @@ class Gaussian(nn.Module):
             low, high = (b.to(inputs.dtype).flatten() for b in bounds)
             self.register_buffer("half", (high - low) / 2, persistent=False)
             self.register_buffer("middle", (high + low) / 2, persistent=False)
-        self.provides = frozenset({"logp", "mean", "std"} | ({"entropy"} if bounds is None else set()))
+        self.provides = frozenset({"logp", "mean", "std", "distribution"} | ({"entropy"} if bounds is None else set()))
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.log_std, self.begin)
@@ -67,10 +67,18 @@ class Gaussian(nn.Module):
             made["mean"] = mean
         if "std" in want:
             made["std"] = self.log_std.exp().expand(*batch["mask"].shape, -1)
+        if mean is not None and "distribution" in want:
+            made["distribution"] = torch.cat([mean, self.log_std.expand_as(mean)], -1)
         if "entropy" in want:
             each = (self.log_std + (0.5 + LOG_SQRT_2PI)).sum()
             made["entropy"] = masked(each.expand(batch["mask"].shape), batch)
         return made
+
+    def divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        """`KL(new || old)` of distributions `[..., 2 A]` (means, log deviations), `[...]`; no tanh changes it."""
+        (mean, log_std), (mean_old, log_std_old) = new.chunk(2, -1), old.chunk(2, -1)
+        gap = (2 * log_std).exp() + (mean - mean_old).square()
+        return (log_std_old - log_std + 0.5 * gap * (-2 * log_std_old).exp() - 0.5).sum(-1)
 
     def density(self, mean: Tensor, action: Tensor) -> Tensor:
         """`log pi` of flat actions `[..., A]` under means of the same shape, `[...]`."""
@@ -105,7 +113,7 @@ class Categorical(nn.Module):
     choices: the number of actions of each choice. single: whether an action is one number `[...]`, not a vector.
     """
 
-    provides = frozenset({"logp", "entropy"})
+    provides = frozenset({"logp", "entropy", "distribution"})
 
     def __init__(self, inputs: Inputs, logits: MLP, choices: tuple[int, ...], single: bool) -> None:
         super().__init__()
@@ -118,7 +126,13 @@ class Categorical(nn.Module):
             made["logp"] = masked(self._taken(logps, batch["action"]), batch)
         if "entropy" in want:
             made["entropy"] = masked(-sum_of([(p.exp() * p).sum(-1) for p in logps]), batch)
+        if "distribution" in want:
+            made["distribution"] = torch.cat(logps, -1)
         return made
+
+    def divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        """`KL(new || old)` of log-probabilities `[..., K]`, of every choice one after another, `[...]`."""
+        return (new.exp() * (new - old)).sum(-1)
 
     def _logps(self, obs: Tensor) -> list[Tensor]:
         """Log-probabilities of every action, `[..., K]`, one for each choice."""
@@ -179,3 +193,6 @@ class ActorCritic(nn.Module):
 
     def mode(self, obs: Tensor) -> Tensor:
         return self.actor.mode(obs)
+
+    def divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        return self.actor.divergence(new, old)

@@ -11,12 +11,25 @@ from typing import Any
 from trimtab.report import plots
 from trimtab.report.diagnose import diagnose
 from trimtab.report.folder import RunFolder, RunFolderError
+from trimtab.report.guide import GUIDES, LANGUAGE
 from trimtab.report.keys import LOSS, failure_kinds, look_up
 from trimtab.report.page import document, section
 from trimtab.report.records import write_atomic
 from trimtab.report.story import Point, Story, facts, tell
 from trimtab.report.transcripts import clean, group_html, held_out_html
-from trimtab.report.words import WHY_LOSS_IS_ZERO, about_loss, count, interval, is_number, number, percent
+from trimtab.report.video import video_html
+from trimtab.report.words import LANGUAGE as LANGUAGE_WORDS
+from trimtab.report.words import (
+    WHY_LOSS_IS_ZERO,
+    Words,
+    about_loss,
+    count,
+    interval,
+    is_number,
+    number,
+    percent,
+    words_of,
+)
 
 Record = Mapping[str, Any]
 
@@ -39,14 +52,15 @@ def write_report(run_dir: str | Path) -> Path:
     story = _guarded(lambda: tell(config, history, evaluations)) or Story("A run.", "", None, None, False, "reward")
     if isinstance(story, str):
         story = Story("This run could not be summed up.", re.sub("<[^>]+>", "", story), None, None, False, "reward")
-    told = story
+    told, words = story, words_of(config.get("world"))
     parts: list[tuple[str, str, Callable[[], str]]] = [
-        ("look", "Worth a look", lambda: _findings(history)),
-        ("curves", "Curves", lambda: _curves(history, evaluations, told.measure, _about_loss(config))),
-        ("guide", "How to read this", lambda: _guide(_about_loss(config))),
+        ("look", "Worth a look", lambda: _findings(history, words)),
+        ("video", "An episode", lambda: video_html(folder.path)),
+        ("curves", "Curves", lambda: _curves(history, evaluations, told.measure, config)),
+        ("guide", "How to read this", lambda: _guide(_about_loss(config), config)),
         ("held-out", "Held-out problems, before and after", lambda: held_out_html(samples)),
         ("group", "One training group", lambda: group_html(samples)),
-        ("failures", "Failures", lambda: _failures(history, samples)),
+        ("failures", "Failures", lambda: _failures(history, samples, words)),
         ("config", "Configuration", lambda: _config(config, config_trouble)),
     ]
     body = _guarded(lambda: _top(config, history, told))
@@ -139,28 +153,32 @@ def _bar(name: str, point: Point, x: Callable[[float], float], y: int, colour: s
     )
 
 
-def _findings(history: Sequence[Record]) -> str:
+def _findings(history: Sequence[Record], words: Words) -> str:
     said = diagnose([dict(r) for r in history])
     if said:
         return f'<ul class="findings">{"".join(f"<li>{clean(s)}</li>" for s in said)}</ul>'
     if not history:
         return ""
-    calm = "Nothing stands out: entropy, clip rate, gradient norm, dead groups, failures and the sampler's agreement."
+    more = ", dead groups, failures and the sampler's agreement" if words is LANGUAGE_WORDS else ""
+    calm = f"Nothing stands out: entropy, clip rate, gradient norm{more}."
     return f'<ul class="findings"><li class="calm">{calm}</li></ul>'
 
 
 def _about_loss(config: Record) -> str:
     resolved = config.get("resolved")
-    return about_loss(resolved if isinstance(resolved, Mapping) else ())
+    return about_loss(resolved if isinstance(resolved, Mapping) else (), config.get("world"))
 
 
-def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: str, loss: str) -> str:
+def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: str, config: Record) -> str:
+    loss, words = _about_loss(config), words_of(config.get("world"))
     if not history and not evaluations:
         return '<p class="none">No turn has been recorded yet.</p>'
     rewarded = any(look_up(record, "reward") is not None for record in history)
-    large = [(plots.reward_figure(history, theme="page"), "")] if rewarded or loss == WHY_LOSS_IS_ZERO else []
+    large = (
+        [(plots.reward_figure(history, theme="page", words=words), "")] if rewarded or loss == WHY_LOSS_IS_ZERO else []
+    )
     if evaluations:
-        large.append((plots.eval_figure(evaluations, theme="page", name=measure), ""))
+        large.append((plots.eval_figure(evaluations, theme="page", name=measure, words=words), ""))
     known: list[tuple[bytes, str]] = []
     other: list[tuple[bytes, str]] = []
     for panel, picture in plots.panel_figures(history, theme="page"):
@@ -183,36 +201,14 @@ def _plots(pictures: Sequence[tuple[bytes, str]], size: str) -> str:
     return f'<div class="plots {size}">{figures}</div>' if figures else ""
 
 
-_GUIDE = (
-    (
-        "Reward while training",
-        "The mean over the rows of a turn, on problems it trains on. The band is the interval of that turn alone.",
-    ),
-    (
-        "Held-out problems",
-        "Never trained on, the same each time. This is what the headline is about. Where two intervals overlap, the "
-        "difference may be chance: evaluate on more problems.",
-    ),
-    (
-        "Gradient norm and entropy",
-        "The gradient says that something is learned; entropy how much is still tried. A run that has stopped "
-        "learning has a small gradient, an entropy near 0, or only dead groups.",
-    ),
-    (
-        "Clip rate and dead groups",
-        "Both are decisions that teach nothing: clipped ones because the policy has moved far enough, dead ones "
-        "because every response of the group got the same reward.",
-    ),
-)
-
-
-def _guide(loss: str) -> str:
+def _guide(loss: str, config: Record) -> str:
+    guide = GUIDES.get(str(config.get("world")), LANGUAGE)
     cells = f"<div class=wide><dt>The loss</dt><dd>{clean(loss)}</dd></div>"
-    cells += "".join(f"<div><dt>{clean(term)}</dt><dd>{clean(text)}</dd></div>" for term, text in _GUIDE)
+    cells += "".join(f"<div><dt>{clean(term)}</dt><dd>{clean(text)}</dd></div>" for term, text in guide)
     return f'<div class="box"><dl class="guide">{cells}</dl></div>'
 
 
-def _failures(history: Sequence[Record], samples: Sequence[Record]) -> str:
+def _failures(history: Sequence[Record], samples: Sequence[Record], words: Words) -> str:
     turns: dict[str, list[tuple[Any, float]]] = {}
     for record in history:
         kinds = failure_kinds(record) or {"any kind": record["failures"] if is_number(record.get("failures")) else 0}
@@ -226,7 +222,7 @@ def _failures(history: Sequence[Record], samples: Sequence[Record]) -> str:
             example.setdefault(str(failure.get("kind")), str(failure.get("message", "")))
             turns.setdefault(str(failure.get("kind")), [])
     if not turns:
-        scored = any(look_up(record, "reward") is not None for record in history)
+        scored = words is LANGUAGE_WORDS and any(look_up(record, "reward") is not None for record in history)
         said = "None: every response got a reward." if scored else ""
         return f'<p class="lead">{said}</p>' if said else ""
     rows = "".join(

@@ -133,7 +133,7 @@ PANELS: tuple[Panel, ...] = (
 _SERIES = {panel.title: [pattern for pattern, _ in panel.series] for panel in PANELS}
 # Short names that the live view and the diagnosis look up.
 _KNOWN: Mapping[str, str] = {
-    "reward": r"reward(_mean)?|mean_reward",
+    "reward": r"reward(_mean)?|mean_reward|return(_mean)?",
     "entropy": _SERIES["Entropy"][0],
     "clip_low": _SERIES["Clip rate"][0],
     "clip_high": _SERIES["Clip rate"][1],

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from trimtab.report.diagnose import findings
 from trimtab.report.keys import dead_share, look_up
-from trimtab.report.words import WHY_LOSS_IS_ZERO, duration, interval, is_number, number, percent
+from trimtab.report.words import LANGUAGE, WHY_LOSS_IS_ZERO, Words, duration, interval, is_number, number, percent
 
 Mode = Literal["auto", "live", "plain", "silent"]
 
@@ -46,7 +46,8 @@ class LiveView:
     until: how much is planned, in `unit` (a key of the clock: `turns, updates, decisions, rows, seconds`); None hides
     the bar and the time left. mode: `auto` is `live` on a terminal and `plain` elsewhere. every: in plain mode, a line
     every so many updates; by default about 20 lines a run, and one a minute. console: where to write (stdout).
-    lead: the first line, on how to read the loss (see `words.about_loss`).
+    lead: the first line, on how to read the loss (see `words.about_loss`). words: what things
+    are called in the world of the run.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class LiveView:
         every: int | None = None,
         console: Console | None = None,
         lead: str = WHY_LOSS_IS_ZERO,
+        words: Words = LANGUAGE,
     ) -> None:
-        self._lead = lead
+        self._lead, self._words = lead, words
         self._until, self._unit, self._title, self._every = until, unit, _safe(title), every
         self._console = console or Console()
         fancy = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -265,7 +267,7 @@ class LiveView:
         value = look_up(self._logs, "reward")
         if value is None:
             return ""
-        share = all(0 <= v <= 1 for v in self._past["reward"][-50:])
+        share = self._words.shares and all(0 <= v <= 1 for v in self._past["reward"][-50:])
         ends = interval(self._logs.get("reward_low"), self._logs.get("reward_high"), share)
         return f"{percent(value) if share else number(value)} {ends}".rstrip()
 
@@ -273,7 +275,7 @@ class LiveView:
         if self._evaluation is None:
             return ""
         mean, low, high, n = self._evaluation
-        share = 0 <= mean <= 1
+        share = self._words.shares and 0 <= mean <= 1
         of = f" of {n}" if n else ""
         return f"{percent(mean) if share else number(mean)} {interval(low, high, share)}".rstrip() + of
 
@@ -292,7 +294,7 @@ class LiveView:
 
         dead, speed = dead_share(self._logs), self._speed()
         rows = [
-            ("reward", self._reward(), "reward"),
+            (self._words.reward, self._reward(), "reward"),
             ("loss", "" if self._past["reward"] else plain("loss"), ""),
             ("held-out", self._held_out(), ""),
             ("pairs right", plain("preferred", percent), ""),
@@ -303,7 +305,7 @@ class LiveView:
             ("age", plain("age"), ""),
             ("sampler gap", plain("gap", lambda value: f"{number(value)} nats"), ""),
             ("failures", number(self._failures), ""),
-            ("tokens/s", "" if speed is None else number(float(f"{speed:.3g}")), ""),
+            (f"{self._words.decision}s/s", "" if speed is None else number(float(f"{speed:.3g}")), ""),
         ]
         self._shown |= {name for name, value, _ in rows if value}  # a row that was there stays: the panel holds still
         return [(name, value or "-", key) for name, value, key in rows if name in self._shown]

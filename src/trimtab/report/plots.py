@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from trimtab.report.keys import Panel, arrange, column, look_up
 from trimtab.report.style import CYCLE, Format, Theme, render, styled, tidy
-from trimtab.report.words import is_number, number
+from trimtab.report.words import LANGUAGE, Words, is_number, number
 
 Records = Sequence[Mapping[str, Any]]
 LARGE = (5.6, 3.0)
@@ -38,10 +38,11 @@ def smooth(y: np.ndarray, width: int | None = None) -> np.ndarray:
     return np.where(known, total / np.maximum(weight, 1e-300), np.nan)
 
 
-def reward_figure(history: Records, fmt: Format = "svg", theme: Theme = "light") -> bytes:
+def reward_figure(history: Records, fmt: Format = "svg", theme: Theme = "light", words: Words = LANGUAGE) -> bytes:
     """Mean reward of the rows of each turn (dots, pale), its interval (band), and a smoothed line.
 
-    The band is `reward_low .. reward_high` as recorded: of each turn by itself, not of the smoothed line.
+    The band is `reward_low .. reward_high` as recorded: of each turn by itself, not of the smoothed line. words: of the
+    world of the run; in control it is the mean return of the episodes that ended in each turn.
     """
     x, x_label = _turns(history)
     y = _known(history, "reward")
@@ -62,15 +63,22 @@ def reward_figure(history: Records, fmt: Format = "svg", theme: Theme = "light")
             )  # fmt: skip
             if len(xs) >= 8:
                 ax.plot(xs, smooth(ys), color=colours["c0"], lw=2.2, label="smoothed")
-            _share_axis(ax, np.concatenate([y, low, high]))
+            if words.shares:
+                _share_axis(ax, np.concatenate([y, low, high]))
             _legend(ax)
         else:
-            _nothing(ax, "no turn has recorded a reward yet")
-        tidy(ax, x_label, "mean reward", "Reward while training")
+            _nothing(ax, f"no turn has recorded a {words.reward} yet")
+        tidy(ax, x_label, f"mean {words.reward}", f"{words.reward.capitalize()} while training")
         return render(figure, fmt, theme, "reward")
 
 
-def eval_figure(evaluations: Records, fmt: Format = "svg", theme: Theme = "light", name: str = "reward") -> bytes:
+def eval_figure(
+    evaluations: Records,
+    fmt: Format = "svg",
+    theme: Theme = "light",
+    name: str = "reward",
+    words: Words = LANGUAGE,
+) -> bytes:
     """Held-out evaluation with its interval, against turns (left) and against training time (right).
 
     name: what is averaged, on the axis (`accuracy`, `mean reward`).
@@ -84,10 +92,11 @@ def eval_figure(evaluations: Records, fmt: Format = "svg", theme: Theme = "light
         _margins(figure)
         unit, scale = _time_unit(seconds)
         views = [(_key(evaluations, "turn"), "turn"), (seconds / scale, f"training time ({unit})")]
-        for ax, (x, x_label), title in zip(axes, views, ("Held-out problems", "")):
+        for ax, (x, x_label), title in zip(axes, views, (f"Held-out {words.problem}s", "")):
             if np.isfinite(y).any():
                 _points_with_interval(ax, x, y, low, high, colours["c1"])
-                _share_axis(ax, np.concatenate([y, low, high]))
+                if words.shares:
+                    _share_axis(ax, np.concatenate([y, low, high]))
             else:
                 _nothing(ax, "no evaluation yet")
             tidy(ax, x_label, name if title else "", title)

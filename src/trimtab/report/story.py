@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab.report.intervals import sign_test
 from trimtab.report.keys import look_up
-from trimtab.report.words import count, duration, interval, is_number, number, percent
+from trimtab.report.words import Words, count, duration, interval, is_number, number, percent, words_of
 
 Record = Mapping[str, Any]
 
@@ -41,25 +41,26 @@ class Story:
 def tell(config: Record, history: Sequence[Record], evaluations: Sequence[Record]) -> Story:
     """The story of a run, from as much of its record as there is."""
     points = [p for p in map(_point, evaluations) if p is not None]
-    share = bool(points) and all(0 <= p.mean <= 1 for p in points)
+    words = words_of(config.get("world"))
+    share = words.shares and bool(points) and all(0 <= p.mean <= 1 for p in points)
     measure = _measure(points, evaluations, share)
     remark = _progress(config, history)
     if len(points) >= 2:
         before, after = points[0], points[-1]
-        verb, doubt = _verb(before, after)
-        where = f"{measure} on {_problems(after.n)}"
+        verb, doubt = _verb(before, after, words)
+        where = f"{measure} on {_problems(after.n, words)}"
         spent = _spent([r for r in evaluations if is_number(r.get("mean"))][-1:])
         text = f"{where} {verb} from {_say(before, share)} to {_say(after, share)} {spent}."
         said = [doubt, _passes(evaluations), remark]
         return Story(_capital(text), " ".join(filter(None, said)), before, after, share, measure)
     if points:
-        text = f"{measure} on {_problems(points[0].n)} was {_say(points[0], share)} before training."
+        text = f"{measure} on {_problems(points[0].n, words)} was {_say(points[0], share)} before training."
         more = "It has not been evaluated since." if history else "No turn has been recorded yet."
         if history:
-            text = f"{text} {_training(history)}"
+            text = f"{text} {_training(history, words)}"
         return Story(_capital(text), " ".join(filter(None, [more, remark])), points[0], None, share, measure)
     none = "No held-out evaluation was recorded, so this says nothing about problems it did not train on."
-    text = _training(history)
+    text = _training(history, words)
     if not text:
         text, none = (
             "This run has recorded nothing yet." if not history else f"Ran {_spent(history)}, without a reward.",
@@ -122,7 +123,7 @@ def _measure(points: Sequence[Point], evaluations: Sequence[Record], share: bool
     return f"greedy {name}" if greedy else name
 
 
-def _verb(before: Point, after: Point) -> tuple[str, str]:
+def _verb(before: Point, after: Point, words: Words) -> tuple[str, str]:
     if before.right and len(before.right) == len(after.right):
         return _paired(before.right, after.right)
     if None in (before.low, before.high, after.low, after.high):
@@ -131,7 +132,7 @@ def _verb(before: Point, after: Point) -> tuple[str, str]:
         return "rose", ""
     if after.high < before.low:  # type: ignore[operator]
         return "fell", ""
-    return "went", "The intervals overlap: these problems are too few to tell a change from chance."
+    return "went", f"The intervals overlap: these {words.problem}s are too few to tell a change from chance."
 
 
 def _paired(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[str, str]:
@@ -164,11 +165,11 @@ def _say(point: Point, share: bool) -> str:
     return f"**{value}** {interval(point.low, point.high, share)}".rstrip()
 
 
-def _problems(n: int | None) -> str:
-    return "held-out problems" if n is None else count(n, "held-out problem")
+def _problems(n: int | None, words: Words) -> str:
+    return f"held-out {words.problem}s" if n is None else count(n, f"held-out {words.problem}")
 
 
-def _training(history: Sequence[Record]) -> str:
+def _training(history: Sequence[Record], words: Words) -> str:
     rewards = [r for r in (look_up(record, "reward") for record in history) if r is not None]
     if not rewards:
         return ""
@@ -176,9 +177,9 @@ def _training(history: Sequence[Record]) -> str:
     first, last = fmean(rewards[:few]), fmean(rewards[-few:])
     spent = _spent(history)
     if len(rewards) == 1:
-        return f"The reward while training was **{number(first)}** in its first turn."
+        return f"The {words.reward} while training was **{number(first)}** in its first turn."
     said = f"**{number(first)}** to **{number(last)}** (means of {count(few, 'turn')} at either end)"
-    return f"The reward while training went from {said} {spent}."
+    return f"The {words.reward} while training went from {said} {spent}."
 
 
 def _spent(records: Sequence[Record]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 WHY_LOSS_IS_ZERO = (
@@ -17,11 +18,38 @@ LOSS_SHOULD_FALL = (
 )
 
 
-def about_loss(resolved: Iterable[str]) -> str:
-    """What to make of the loss of a method, from the addresses in force in it.
+LOSS_IN_CONTROL = (
+    "The loss of a policy that acts says little: advantages are centred, and values chase a target that moves. Watch "
+    "the return, and the held-out episodes."
+)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What things are called in a world. shares: rewards in [0, 1] are shares, and shown in percent."""
+
+    reward: str = "reward"
+    problem: str = "problem"
+    decision: str = "token"
+    shares: bool = True
+
+
+LANGUAGE = Words()
+WORDS = {"language": LANGUAGE, "control": Words("return", "episode", "decision", shares=False)}
+
+
+def words_of(world: Any) -> Words:
+    """The words of a world; those of language where it is not known, as in an older record."""
+    return WORDS.get(world, LANGUAGE) if isinstance(world, str) else LANGUAGE
+
+
+def about_loss(resolved: Iterable[str], world: Any = "language") -> str:
+    """What to make of the loss of a method, from the addresses in force in it, and its world.
 
     With a credit stage advantages cancel; without one (supervised fine-tuning, preferences) the loss is a distance.
     """
+    if world == "control":
+        return LOSS_IN_CONTROL
     slots = {path.rpartition(" / ")[2].rpartition(":")[2] for path in resolved}
     return WHY_LOSS_IS_ZERO if "credit" in slots or not slots else LOSS_SHOULD_FALL
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trimtab.core.errors import MethodError
 
 if TYPE_CHECKING:
-    from trimtab.runs.experiment import Request
+    from trimtab.runs.request import Request
 
 
 def command(request: Request) -> str:
@@ -25,7 +25,7 @@ def options(request: Request) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if name == "steps" and request.decisions is not None:
             continue
-        if name == "method" or value is None or (name not in ("policy", "env") and value == usual[name]):
+        if name == "method" or value is None or (name != "env" and value == usual[name]):
             continue
         if name == "set":
             for pair in value:

@@ -23,8 +23,8 @@ from trimtab.report.paired import Run, compared, measured
 from trimtab.report.records import to_json, write_atomic
 from trimtab.report.style import CYCLE
 from trimtab.runs.commands import command, options
-from trimtab.runs.experiment import Request, configured, request_of
 from trimtab.runs.jobs import work
+from trimtab.runs.request import Request, configured, request_of
 
 # What a recorded request may differ in without being another run: where it is, what else it writes, how fast it is.
 _FREE = ("out", "threads", "keep", "save_every", "tensorboard")
@@ -96,7 +96,7 @@ class Job:
     def request(self) -> Request | None:
         """What to run; None while the budget is not known, because the first arm has not finished this seed."""
         mine = replace(self.plan.request, method=self.arm.expression, out=str(self.folder.path), seed=self.seed, keep=1)
-        if self == self.first or mine.decisions is not None:
+        if self == self.first or "decisions" in mine.budget:
             return mine
         return replace(mine, decisions=self.first.folder.metrics()[-1]["decisions"]) if self.first.finished() else None
 
@@ -210,13 +210,12 @@ def analysed(made: Plan, failures: dict[Job, str], jobs: int = 1) -> dict[str, A
     if any(v != versions[0] for v in versions):
         found["notes"].append("The runs were made with different versions (see the config.json of each).")
     base = made.arms[0]
+    ((unit, most),) = replace(made.request, method=base.expression).budget.items()
     return {
         "command": made.command(jobs),
         "out": str(made.out),
         "task": {"policy": made.request.policy, "environment": made.request.env},
-        "budget": {"decisions": made.request.decisions}
-        if made.request.decisions
-        else {"turns of the first": made.request.steps},
+        "budget": {"turns of the first" if unit == "turns" else unit: most},
         "seeds": list(made.seeds),
         **found,
         "runs": [_run_record(job, result) for job, result in zip(made.jobs(), results)],

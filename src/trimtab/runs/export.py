@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import TrimtabError
 from trimtab.core.loop import begin
-from trimtab.core.state import checkpoints, load
+from trimtab.core.state import State, checkpoints, load
 from trimtab.report.folder import RunFolder
-from trimtab.runs.experiment import build, request_of
+from trimtab.runs.language import LanguageExperiment
+from trimtab.runs.request import request_of
+from trimtab.runs.worlds import Experiment, build
 
 
 class ExportError(TrimtabError):
@@ -29,7 +32,8 @@ def export(
     `--lora` gives an adapter folder that names its base.
 
     kind is "model" or "adapter"; `AutoModelForCausalLM.from_pretrained` loads both (an adapter with peft installed).
-    Parameters are written in the precision in which they were trained. The run is only read.
+    A control run gives a file of tensors for each network. Parameters are written in the precision in which they were
+    trained. The run is only read.
 
     Raises ExportError for a run without checkpoints, an unknown checkpoint, a target that holds something, or a merge
     without an adapter; RunFolderError or CheckpointError when the run cannot be read.
@@ -43,19 +47,16 @@ def export(
     target = Path(out) if out else folder.path / "export" / f"{chosen.name}{'-merged' if merge else ''}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is there already; give another folder with --out, or remove that one")
-    made = build(request)
-    try:
-        state = begin(made.method, made.environment, {"policy": made.policy}, seed=request.seed)
+    with closing(build(request)) as made:
+        state = begin(made.method, made.environment, made.models, seed=request.seed)
         load(state, chosen)
-    finally:
-        made.environment.close()
     try:
-        _write(made.policy, target, merge)
+        _write(made, state, target, merge)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)  # half a model must not look like one
         raise
-    kind = "adapter" if made.policy.lora and not merge else "model"
-    return {"run": str(folder.path), "model": str(target), "turn": turn, "kind": kind}
+    adapter = isinstance(made, LanguageExperiment) and made.policy.lora and not merge
+    return {"run": str(folder.path), "model": str(target), "turn": turn, "kind": "adapter" if adapter else "model"}
 
 
 def choose(folder: RunFolder, which: str) -> Path:
@@ -93,12 +94,13 @@ def _is_adapter(policy: str) -> bool:
     return (Path(policy).expanduser() / "adapter_config.json").is_file()
 
 
-def _write(policy: Any, target: Path, merge: bool) -> None:
-    if not merge:
-        policy.save(target)
+def _write(made: Experiment, state: State, target: Path, merge: bool) -> None:
+    if not merge or not isinstance(made, LanguageExperiment):
+        made.export(target, state)
         return
     from trimtab.policies.language import NOTES
 
+    policy = made.policy
     policy.model.to(policy.wide).merge_and_unload().save_pretrained(target)  # its base may be held in bfloat16
     policy.tokenizer.save_pretrained(target)
     (target / NOTES).write_text(json.dumps({"chat": policy.chat}) + "\n")

@@ -19,8 +19,9 @@ from rich.console import Console
 from trimtab.core.errors import TrimtabError
 from trimtab.report.words import count, duration, percent
 from trimtab.runs.commands import command
-from trimtab.runs.experiment import Request, resume, train
+from trimtab.runs.experiment import resume, train
 from trimtab.runs.interrupt import interruptible
+from trimtab.runs.request import Request
 
 if TYPE_CHECKING:
     from trimtab.runs.comparison import Job, Plan
@@ -110,7 +111,7 @@ def _here(waiting: list[Job], failures: dict[Job, str], progress: Progress, mode
                 ended = resume(job.folder.path, mode=mode)["finished"]
             else:
                 ended = train(_needed(job), mode=mode)["finished"]
-        except TrimtabError as error:
+        except (TrimtabError, OSError) as error:
             failure = failures[job] = str(error)
         except KeyboardInterrupt:
             return True

@@ -14,18 +14,19 @@ WHOLE = {
     "steps": (1, "turns of the loop; to measure a policy untrained, read the first evaluation of any run"),
     "decisions": (1, "decisions of our policy, instead of steps"),
     "seed": (0, f"at most {LARGEST_SEED}"),
+    "envs": (1, "environments stepped together"),
     "lora": (0, "the rank of an adapter; 0 trains all parameters"),
     "rows": (1, "rows per update; leave it out for the method's own"),
     "passes": (1, "passes over each batch; leave it out for the method's own"),
     "memory": (1, "rows in memory at once; leave it out for all"),
     "eval_every": (1, "turns between evaluations; a number above steps evaluates only before and after"),
-    "eval_problems": (1, "held-out problems per evaluation"),
+    "eval_problems": (1, "held-out problems, or episodes, per evaluation"),
     "eval_samples": (1, "answers to each of them"),
     "save_every": (1, "turns between checkpoints; a number above steps saves only at the end"),
     "keep": (1, "checkpoints kept"),
     "threads": (0, "CPU threads; 0 chooses"),
 }
-OPTIONAL = ("decisions", "rows", "passes", "memory")
+OPTIONAL = ("steps", "decisions", "envs", "rows", "passes", "memory", "eval_every", "eval_problems", "save_every")
 TEXTS = ("method", "policy", "env", "out")
 
 

@@ -20,11 +20,12 @@ from trimtab.core.method import Method
 from trimtab.core.state import State, save
 from trimtab.core.stopwatch import Span, measuring
 from trimtab.policies.sampler import ROWS_AT_ONCE
-from trimtab.runs.experiment import Experiment, Request, build, settle
 from trimtab.runs.forecast import checkpoint_bytes
 from trimtab.runs.linear import Amounts, cost, prices
 from trimtab.runs.meters import beside, machine_words, memory_free, memory_used, peak_since
 from trimtab.runs.profile import REST
+from trimtab.runs.request import Request, settle
+from trimtab.runs.worlds import Experiment, build, world_of
 
 # Options that say how many problems a batch has. A batch is made small by them alone, so that lengths, groups and
 # everything else stay what they will be.
@@ -73,6 +74,11 @@ def plan(request: Request) -> dict[str, Any]:
     disk_bytes, what was assumed, notes on what may not fit, the calibration, and whether other work disturbed it.
     Raises what building the request raises.
     """
+    if world_of(request.method) != "language":
+        raise MethodError(
+            f"plan predicts language runs, whose batches can be made small; where the time of a turn of "
+            f"{request.method} goes is measured by: trimtab profile"
+        )
     made = build(settle(request))
     try:
         with beside() as others:
@@ -90,7 +96,7 @@ def plan(request: Request) -> dict[str, Any]:
 def _planned(made: Experiment) -> dict[str, Any]:
     request, method, started = made.request, made.method, time.perf_counter()
     state, turns, whole = calibrated(made)
-    evaluating, evaluation_peak = _timed(made.evaluate)
+    evaluating, evaluation_peak = _timed(lambda: made.evaluate(state))
     with tempfile.TemporaryDirectory() as folder:
         saving, save_peak = _timed(lambda: save(state, Path(folder), keep=1))
     sizes = scaled(turns, whole, method)
@@ -98,16 +104,17 @@ def _planned(made: Experiment) -> dict[str, Any]:
         raise MethodError(f"{method.name} makes no decisions, so decisions={request.decisions} would never end it")
     phases = predicted(turns, sizes, method, request.memory)
     each = sum(phases.values())
-    budget = request.steps if request.decisions is None else math.ceil(request.decisions / sizes["decisions"])
-    evaluations, saves = 1 + math.ceil(budget / request.eval_every), math.ceil(budget / request.save_every)
+    ((unit, most),) = request.budget.items()
+    budget = most if unit == "turns" else math.ceil(most / sizes["decisions"])
+    evaluations, saves = 1 + request.evaluations.count(budget), request.saves.count(budget)
     seconds = {"training": each * budget, "evaluation": evaluating * evaluations, "checkpoints": saving * saves}
     peaks = peak(turns, sizes, method, request.memory)
     seen = max((size for t in turns for size in t.peaks.values()), default=0)  # a batch is no smaller than its parts
     highest = max(*peaks.values(), seen, evaluation_peak, save_peak)
-    size, model = checkpoint_bytes(state), sum(t.nbytes for t in made.policy.state_dict().values())
+    size, model = checkpoint_bytes(state), sum(t.nbytes for m in made.models.values() for t in m.state_dict().values())
     return {
         "method": method.name,
-        "policy": made.policy.describe(),
+        "policy": made.describe()["policy"],
         "environment": request.env,
         "seconds_a_turn": each,
         "turns": budget,
@@ -133,7 +140,7 @@ def calibrated(made: Experiment) -> tuple[State, list[Turn], int]:
     method = made.method
     path = next((p for p in SIZES if p in method.flatten()), "")
     whole = int(method.get(path)) if path else 0
-    state = begin(method, made.environment, {"policy": made.policy}, seed=made.request.seed)
+    state = begin(method, made.environment, made.models, seed=made.request.seed)
     size, spent, turns = max(1, math.ceil(whole * FIRST)), 0.0, []
     measured(made, state, path, size)  # the first one warms up
     while True:
@@ -152,8 +159,8 @@ def measured(made: Experiment, state: State, path: str, size: int) -> Turn:
     state.fingerprint = method.fingerprint()  # only the number of problems differs: pieces and their state are the same
     before = state.clock.counts()
     # A budget far above what is measured: schedules stay at their start.
-    models, most = {"policy": made.policy}, 1000
-    loop = run(method, made.environment, models, until=most, state=state, memory=made.request.memory)
+    most = 1000
+    loop = run(method, made.environment, made.models, until=most, state=state, memory=made.request.memory)
     with measuring(gauge=peak_since) as watch, watch.phase("turn"):
         step = next(loop)
     spent = {name: n - before[name] for name, n in state.clock.counts().items()}

@@ -16,8 +16,9 @@ from trimtab.core.errors import MethodError
 from trimtab.core.loop import Step, run
 from trimtab.core.stopwatch import Span, Stopwatch, measuring
 from trimtab.runs.commands import options
-from trimtab.runs.experiment import Experiment, Request, build, settle
 from trimtab.runs.meters import Products, beside, machine_rates, machine_words, peak_since
+from trimtab.runs.request import Request, settle
+from trimtab.runs.worlds import Experiment, build
 
 # What the seconds of a phase are called that fell outside the phases inside it.
 REST = {"sample": "decode", "update": "optimizer"}
@@ -44,12 +45,11 @@ def profile(request: Request, turns: int = 3) -> dict[str, Any]:
 
 
 def _profiled(made: Experiment, turns: int) -> dict[str, Any]:
-    request, policy = made.request, made.policy
-    rates = machine_rates(torch.bfloat16 if policy.autocast else policy.wide, policy.device)
-    budget, models = request.budget, {"policy": policy}
+    request, budget = made.request, made.request.budget
+    rates = machine_rates(made.numbers, made.device)
     if budget.get("turns", turns + 2) < turns + 2:
-        raise MethodError(f"steps={request.steps} leave no room for {turns} measured turns after two; ask for more")
-    loop = run(made.method, made.environment, models, until=budget, seed=request.seed, memory=request.memory)
+        raise MethodError(f"steps={budget['turns']} leave no room for {turns} measured turns after two; ask for more")
+    loop = run(made.method, made.environment, made.models, until=budget, seed=request.seed, memory=request.memory)
     _next(loop)  # the first turn pays for what later ones find ready
     products = Products()
     with measuring(products.meters()) as counted, products:
@@ -65,7 +65,7 @@ def _profiled(made: Experiment, turns: int) -> dict[str, Any]:
     lines = phases(watch.root.parts["turn"], counted.root.parts["turn"], turns, scale, sampled)
     return {
         "method": made.method.name,
-        "policy": policy.describe(),
+        "policy": made.describe()["policy"],
         "environment": request.env,
         "command": shlex.join(["trimtab", "profile", request.method, *options(replace(request, out=""))]),
         "turns": turns,
@@ -154,7 +154,7 @@ def _line(
 HEADS = ("phase", "seconds a turn", "share", "tokens/s", "GFLOP/s", "GB/s", "peak memory")
 
 
-def table(found: Mapping[str, Any]) -> list[list[str]]:
+def lines(found: Mapping[str, Any]) -> list[list[str]]:
     """The lines of a profile as text, under `HEADS`."""
     return [
         [

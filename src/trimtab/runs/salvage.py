@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 from trimtab.core.disk import writing
 from trimtab.core.errors import DiskError, NonFiniteError
 from trimtab.core.loop import Step
 from trimtab.core.state import State, checkpoints, save
 from trimtab.report.folder import RunFolder
+from trimtab.runs.worlds import Experiment
 
 
 def standing(folder: RunFolder) -> str:
@@ -36,11 +36,11 @@ def saved_if_not_finite(loop: Iterator[Step], state: State, folder: RunFolder, k
         raise
 
 
-def export(policy: Any, folder: RunFolder) -> None:
-    """The policy as an ordinary model folder, whole or not at all. Raises DiskError."""
+def export(made: Experiment, folder: RunFolder, state: State) -> None:
+    """What was trained, as an ordinary model folder, whole or not at all. Raises DiskError."""
     try:
-        with writing(folder.model, sum(p.nbytes for p in policy.state_dict().values())):
-            policy.save(folder.model)
+        with writing(folder.model, sum(t.nbytes for m in made.models.values() for t in m.state_dict().values())):
+            made.export(folder.model, state)
     except DiskError:
         shutil.rmtree(folder.model, ignore_errors=True)
         raise

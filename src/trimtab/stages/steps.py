@@ -166,7 +166,7 @@ def flat(batch: Batch) -> Batch:
     What belonged to a row belongs to each of its decisions; `episode` becomes `[M]`. Put it after credit.
     """
     mask = batch["mask"]
-    n, length = mask.shape
+    length = mask.shape[1]
     inside = None if bool(mask.all()) else mask.flatten()
     made: dict[str, Any] = {}
     for name, column in batch.columns.items():

@@ -13,6 +13,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import nearest
 from trimtab.core.piece import piece
 from trimtab.core.terms import Term
+from trimtab.stages.surrogate import old_logp
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -77,3 +78,42 @@ def preference(
     d = d.detach()
     right = Term((d > 0).to(d.dtype), "preferred_right", metric=True)
     return [Term(value, "preference"), Term(beta * d, "margin", metric=True), right]
+
+
+# -- values and entropy --------------------------------------------------------------------------------------------
+
+
+def _value_sane(options: Mapping[str, Any]) -> str | None:
+    clip, coef = options["clip"], options["coef"]
+    if clip is not None and not clip > 0:
+        return f"clip={clip} must be above 0: how far the value may move; None does not clip"
+    return None if coef >= 0 else f"coef={coef} must be at least 0"
+
+
+@piece("loss", slot="value", reads=("value", "value_target", "mask"), wants=("value",), rows="policy",
+       validate=_value_sane)  # fmt: skip
+def value_error(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.5, clip: float | None = None) -> Term:
+    """`coef (V - R)^2`, `R` the column `value_target`; the name "value_loss".
+
+    clip: `coef max((V - R)^2, (V_old + clamp(V - V_old, +-clip) - R)^2)`, `V_old` the column `value`, as PPO's released
+    code has it. coef: SB3's is 0.5; CleanRL's 0.5 x 0.5.
+    """
+    target = batch["value_target"]
+    error = (now["value"] - target).square()
+    if clip is not None:
+        old = batch["value"]
+        error = torch.maximum(error, (old + (now["value"] - old).clamp(-clip, clip) - target).square())
+    return Term(coef * error, "value_loss")
+
+
+@piece("loss", slot="entropy", reads=("mask",), wants=("entropy",), rows="policy")
+def entropy_bonus(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.01) -> list[Term]:
+    """`-coef H(pi(.|s))`: a wider policy costs less (Williams and Peng 1991)."""
+    return [Term(-coef * now["entropy"], "entropy_loss"), Term(now["entropy"].detach(), "entropy", metric=True)]
+
+
+@piece("loss", slot="approx_kl", reads=("logp_old", "mask"), wants=("logp",), rows="policy")
+def approx_kl(batch: Batch, now: Mapping[str, Tensor]) -> Term:
+    """A metric: `KL(pi_old || pi)` estimated on sampled decisions, `(r - 1) - log r` (Schulman 2020, k3)."""
+    d = (now["logp"].detach() - old_logp(batch, now)) * batch["mask"]
+    return Term(torch.expm1(d) - d, "approx_kl", metric=True)

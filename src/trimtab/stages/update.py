@@ -55,17 +55,56 @@ def adamw(
     lr: a number or a schedule. clip: largest global gradient norm, None for no clipping.
     """
     made = closure()
-    optimizer: torch.optim.AdamW = kit.state["optimizer"]
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    descend(kit.state["optimizer"], list(closure.params.values()), made, clip, settings)
+    return {**report(made), "lr": lr}, False
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    made: Gradient,
+    clip: float | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """One step of a torch optimiser along a gradient no longer than `clip`, with the settings of this moment."""
     grads = list(made.grads.values())
-    if clip is not None:
-        torch._foreach_mul_(grads, float((clip / (made.norm + 1e-6)).clamp(max=1.0)))
-    for parameter, grad in zip(closure.params.values(), grads):
+    scale = 1.0 if clip is None else clip / (float(made.norm) + 1e-6)
+    if scale < 1:
+        torch._foreach_mul_(grads, scale)
+    for parameter, grad in zip(parameters, grads):
         parameter.grad = grad
     for group in optimizer.param_groups:
-        group["lr"], group["betas"], group["eps"], group["weight_decay"] = lr, betas, eps, weight_decay
+        group.update(settings)
     optimizer.step()
-    torch.autograd.graph.increment_version(list(closure.params.values()))  # the fused step leaves versions as they were
+    torch.autograd.graph.increment_version(parameters)  # a fused step leaves versions as they were
     optimizer.zero_grad(set_to_none=True)
+
+
+def make_rmsprop(kit: Kit, options: Mapping[str, Any]) -> torch.optim.RMSprop:
+    """An RMSprop over the parameters that the track trains; its state is part of the state tree."""
+    trained = [p for p in kit.models[kit.model].parameters() if p.requires_grad]
+    start = 0.0 if isinstance(options["lr"], Schedule) else options["lr"]
+    return torch.optim.RMSprop(trained, lr=start, alpha=options["alpha"], eps=options["eps"], foreach=True)
+
+
+@piece("update", state={"optimizer": make_rmsprop}, one_gradient=True, validate=_sane_step)
+def rmsprop(
+    kit: Kit,
+    closure: Closure,
+    *,
+    lr: float = 7e-4,
+    alpha: float = 0.99,
+    eps: float = 1e-5,
+    clip: float | None = None,
+) -> tuple[dict[str, float | Tensor], bool]:
+    """One RMSprop step on the whole update: `theta -= lr g / (sqrt(v) + eps)`, `v = alpha v + (1 - alpha) g^2`.
+
+    lr: a number or a schedule. clip: largest global gradient norm, None for no clipping. Tieleman and Hinton 2012.
+    """
+    made = closure()
+    settings = {"lr": lr, "alpha": alpha, "eps": eps}
+    descend(kit.state["optimizer"], list(closure.params.values()), made, clip, settings)
     return {**report(made), "lr": lr}, False
 
 
@@ -167,3 +206,39 @@ def scheduled(
             parameter = closure.params[name]
             parameter.copy_(start + by * (parameter - start))
     return {**logs, "step_scale": by}, stop
+
+
+class GivenClosure:
+    """A closure whose gradient at the current parameters is known already; everything else of it is as it was."""
+
+    def __init__(self, closure: Closure, made: Gradient) -> None:
+        self._closure, self._made = closure, made
+
+    def __call__(
+        self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
+    ) -> Gradient:
+        known = params is None and where is None and not create_graph
+        return self._made if known else self._closure(params, where, create_graph)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._closure, name)
+
+
+def _sane_limit(options: Mapping[str, Any]) -> str | None:
+    return None if options["limit"] > 0 else f"limit={options['limit']} must be above 0"
+
+
+@piece("update", validate=_sane_limit, one_gradient=True)
+def stopped_at(
+    kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], limit: float = 0.015,
+    metric: str = "approx_kl",
+) -> tuple[Logs, bool]:  # fmt: skip
+    """A wrap: where a metric of the update's own terms is above `limit`, no step is taken, nor any more of this batch.
+
+    It is looked at before each step, on that step's rows. Logs `stopped`, the share of updates that were not made.
+    """
+    made = closure()
+    if bool(made.terms[metric] > limit):
+        return {**report(made), "stopped": 1.0}, True
+    logs, stop = inner(GivenClosure(closure, made))
+    return {**logs, "stopped": 0.0}, stop

@@ -1,0 +1,1 @@
+"""Methods whose decisions are actions in an environment."""

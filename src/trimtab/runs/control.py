@@ -1,0 +1,117 @@
+"""A run of the control world: networks that the method names, environments that are stepped, whole episodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trimtab.core.errors import EnvironmentFailure
+from trimtab.core.loop import Step
+from trimtab.core.method import Method
+from trimtab.core.state import State
+from trimtab.environments.gym import GymEnvironment
+from trimtab.environments.spec import FORMS, KINDS
+from trimtab.returns import HELD_OUT, MOST_AT_ONCE, Returns, evaluated
+from trimtab.runs.request import Request
+
+PACKAGES = ("gymnasium", "mujoco", "minigrid")
+
+
+@dataclass
+class ControlExperiment:
+    """exam: environments of its own, in which the policy is evaluated."""
+
+    request: Request
+    method: Method
+    environment: GymEnvironment
+    models: dict[str, nn.Module]
+    exam: GymEnvironment
+
+    @property
+    def numbers(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def evaluate(self, state: State) -> Returns:
+        return evaluated(state, self.method, self.exam, self.request.problems)
+
+    def describe(self) -> dict[str, Any]:
+        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in self.models.items()}
+        named = ", ".join(f"{name} ({type(self.models[name]).__name__}, {n:,} parameters)" for name, n in sizes.items())
+        return {
+            "policy": {"name": named, "compute": "float32", "parameters": sizes},
+            "environment": self.environment.describe(),
+            "versions": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        }
+
+    def measured(self, step: Step) -> dict[str, float]:
+        return step.logs
+
+    def sample(self, step: Step) -> Iterator[Mapping[str, Any]]:
+        return iter(())
+
+    def export(self, folder: Path, state: State) -> None:
+        """`NAME.safetensors` for every network, and `model.json`: how to build them again, what acts read beside."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, module in self.models.items():
+            tensors = {key: t.detach().contiguous().clone() for key, t in module.state_dict().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        made = {
+            "method": self.request.method,
+            "set": list(self.request.set),
+            "environment": self.request.env,
+            "networks": sorted(self.models),
+        }
+        (folder / "model.json").write_text(json.dumps(made, indent=1) + "\n")
+
+    def close(self) -> None:
+        self.environment.close()
+        self.exam.close()
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def build_control(request: Request, method: Method) -> ControlExperiment:
+    """The networks and the environments of a request. Raises a TrimtabError that says what cannot be had."""
+    from trimtab.policies.networks import build_networks
+
+    environment = GymEnvironment(checked(request, request.env), envs=request.envs or 1, seed=request.seed)
+    models = build_networks(method, environment, request.seed)
+    other = request.env if request.eval_env is None else checked(request, request.eval_env)
+    exam = GymEnvironment(other, envs=min(request.problems, MOST_AT_ONCE), seed=HELD_OUT)
+    for name in ("observation_space", "action_space"):
+        mine, its = getattr(environment, name), getattr(exam, name)
+        if mine.shape != its.shape or type(mine) is not type(its) or getattr(mine, "n", 0) != getattr(its, "n", 0):
+            raise EnvironmentFailure(
+                f"the policy is made for the {name} {mine} of {request.env}, and that of {other} is {its}; it can only "
+                "be evaluated where they are alike"
+            )
+    return ControlExperiment(request, method, environment, models, exam)
+
+
+def checked(request: Request, text: str) -> str:
+    """An environment's specification; EnvironmentFailure when it is one of the language world."""
+    kind = text.strip().partition(":")[0]
+    if kind in KINDS or ".jsonl" in text:
+        raise EnvironmentFailure(
+            f"{request.method} is a control method and acts in Gymnasium environments such as 'Pendulum-v1'; {text!r} "
+            f"is for language methods. {FORMS}"
+        )
+    return text
