@@ -132,7 +132,7 @@ def table(seed: int) -> Case:
 
     environment = random_mdp(states=4, horizon=5, final=True, envs=2, seed=seed)
     policy = TableSoftmax(environment.states, environment.actions, scale=1.0, seed=seed)
-    return Case(environment, {"policy": policy}, {"collect.count": 3, "collect.also.count": 2})
+    return Case(environment, {"policy": policy}, {"collect.count": 3})
 
 
 CASES: dict[str, Callable[[int], Case]] = {

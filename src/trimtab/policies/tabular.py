@@ -31,7 +31,9 @@ class TableSoftmax(nn.Module):
 
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         obs, mask = batch["obs"], batch["mask"]
-        logp, made = self.logits.log_softmax(-1)[obs], {}
+        # A gather of rows and not `[obs]`, whose second derivative is forty times as slow.
+        logp = self.logits.log_softmax(-1).index_select(0, obs.flatten()).view(*obs.shape, -1)
+        made: dict[str, Tensor] = {}
         if "logp" in want:
             made["logp"] = logp.gather(-1, batch["action"][..., None])[..., 0] * mask
         if "entropy" in want:
