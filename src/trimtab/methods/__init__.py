@@ -5,6 +5,7 @@ from trimtab.methods.control import gpomdp as gpomdp
 from trimtab.methods.control import harpg as harpg
 from trimtab.methods.control import natural_gradient as natural_gradient
 from trimtab.methods.control import npg_igt as npg_igt
+from trimtab.methods.control import props as props
 from trimtab.methods.language import bapo as bapo
 from trimtab.methods.language import bases as bases
 from trimtab.methods.language import bnpo as bnpo
