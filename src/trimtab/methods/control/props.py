@@ -110,7 +110,7 @@ def props(
     arxiv="2111.14552",
     base=ppo,
     case="steps",
-    neutral=Neutral({"lr": 0.0, "batches": 1}, why="a step of length 0 leaves the behavior policy the policy"),
+    neutral=Neutral({"batches": 1, "blocks": 1}, why="as for props: no step is left to be pushed away from"),
 )
 def ros(base: Method, *, batches: int = 2, blocks: int = 2, lr: float | Schedule = 1.0) -> Method:
     """Edits to ppo: as PROPS, but one plain gradient step on `mean rho` over the kept steps, `rho = phi / pi_theta`.
