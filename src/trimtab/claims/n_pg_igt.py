@@ -57,8 +57,8 @@ CLAIM = Claim(
                  "slope", "n_pg_igt", "n_sgdm", ("same averaging",), within(-1 / 15 - 0.06, -1 / 15 + 0.06)),
             Part("at the same number of episodes, its error around turn 1700 is below N-SGDM's", "error", "n_pg_igt",
                  "n_sgdm", ("same averaging",), below(1.0), kind="ratio"),
-            Part("it is below that of plain momentum with the same averaging: looking ahead matters, not only averaging "
-                 "longer", "error", "n_pg_igt", "same averaging", ("n_sgdm",), below(1.0), kind="ratio"),
+            Part("it is below that of plain momentum with the same averaging: looking ahead matters, not only "
+                 "averaging longer", "error", "n_pg_igt", "same averaging", ("n_sgdm",), below(1.0), kind="ratio"),
             Part("where steps do not shrink, and 64 episodes a gradient leave little noise, its error is below plain "
                  "momentum's", "error", "steady n_pg_igt", "steady plain", ("steady gradient",), below(1.0),
                  kind="ratio"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -76,8 +77,8 @@ def tracking(method: Method, seed: int) -> dict[str, float]:
     wrong = torch.stack(directions) + exact_gradients(environment, torch.stack(points))  # d tracks -grad J
     square = wrong.square().sum((1, 2))
     edges = [round(first * (turns / first) ** (k / windows)) for k in range(windows + 1)]
-    rms = torch.stack([square[a:b].mean().sqrt() for a, b in zip(edges, edges[1:])]).log()
-    centre = torch.tensor([math.log(math.sqrt(a * b)) for a, b in zip(edges, edges[1:])], dtype=rms.dtype)
+    rms = torch.stack([square[a:b].mean().sqrt() for a, b in itertools.pairwise(edges)]).log()
+    centre = torch.tensor([math.log(math.sqrt(a * b)) for a, b in itertools.pairwise(edges)], dtype=rms.dtype)
     centre = centre - centre.mean()
     slope = float((centre * rms).sum() / centre.square().sum())
     return {"slope": slope, "error": float(rms[-1].exp())}

@@ -76,7 +76,7 @@ def staying(batch: Batch) -> Batch:
 @piece("annotate", slot="target", reads=("obs", "action", "mask"), uses=("policy",),
        writes=("logp_target", "mean_target", "std_target"))  # fmt: skip
 def target(kit: Kit, batch: Batch, *, moments: bool = True) -> Batch:
-    """`logp_target` [N, T] of every step under the policy as it is now, and with `moments` its mean and std [N, T, A]."""
+    """`logp_target` [N, T] of every step under the policy as it is now; with `moments`, its mean and std [N, T, A] too."""
     wants = frozenset({"logp", "mean", "std"} if moments else {"logp"})
     made = kit.evaluate("policy", batch, wants)
     return batch.put(**{f"{name}_target": made[name] for name in sorted(wants)})
@@ -89,7 +89,7 @@ def _sane_eps(options: Mapping[str, Any]) -> str | None:
 
 @piece("loss", slot="repair", reads=("logp_target", "action", "mask"), wants=("logp",), validate=_sane_eps)
 def repair(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 0.3) -> list[Term]:
-    """`max(rho, clip(rho, 1 - eps, 1 + eps))`, `rho = phi(a|s) / pi(a|s)`: down on every step, to 1 - eps and no further.
+    """`max(rho, clip(rho, 1 - eps, 1 + eps))`, `rho = phi(a|s) / pi(a|s)`: every step down to 1 - eps and no further.
 
     The maximum leaves the upper bound without effect. The metric `behavior_kl` is `(rho - 1) - log rho`, an estimate of
     `KL(pi || phi)`. Corrado and Hanna 2023, arXiv 2311.08290. eps: in [0, 1].
@@ -127,7 +127,7 @@ def _copied(kit: Kit) -> None:
 
 @piece("update", state={"begun": begun_as_policy})
 def restarted(kit: Kit, closure: Closure, *, inner: Callable[[Closure], tuple[Logs, bool]]) -> tuple[Logs, bool]:
-    """A wrap: the model is the policy as it is now, and then the update inside is made, if any step is left to learn from.
+    """A wrap: the model is the policy as it is now; then the update inside is made, if any step is left for it.
 
     What the optimiser inside remembers stays.
     """

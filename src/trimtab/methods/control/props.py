@@ -30,7 +30,7 @@ def keeping(base: Method, batches: int, blocks: int = 1) -> Method:
 
 
 def behaving(base: Method, losses: tuple[Piece, ...], update: Piece, *, moments: bool) -> Method:
-    """The base with a behavior policy that acts and is learned by these losses, begun anew from the policy each turn."""
+    """The base with a behavior policy that acts; it begins anew from the policy each turn and learns these losses."""
     pieces = (target(moments=moments), staying(), *losses)
     track = Track("behavior", trains="behavior", pieces=pieces, update=update, on="last")
     return (
@@ -83,9 +83,10 @@ def props(
 ) -> Method:
     """Edits to ppo: a behavior policy collects, learned anew for every block; the learner takes the buffer as its own.
 
-    Before each block phi <- theta, then descent on `mean max(rho, clip(rho, 1 - eps, 1 + eps)) + kl_coef KL(phi || theta)`
-    over the kept steps, `rho = phi(a|s) / pi_theta(a|s)`: actions that the buffer holds too often become rarer. PPO's
-    ratios, values and advantages are of theta over the whole buffer, as if theta had made it. Evaluate theta, never phi.
+    Before each block phi <- theta, then descent over the kept steps on
+    `mean max(rho, clip(rho, 1 - eps, 1 + eps)) + kl_coef KL(phi || theta)`, `rho = phi(a|s) / pi_theta(a|s)`: actions
+    that the buffer holds too often become rarer. PPO's ratios, values and advantages are of theta over the whole
+    buffer, as if theta had made it. Evaluate theta, never phi.
 
     batches: how many stay (b). blocks: parts of a batch, the behavior policy learning before each (n / m). eps: in
     [0, 1]. kl_coef: Gaussian policies only; 0 for numbered actions (preset "discrete"). limit: of the estimated KL, on
