@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from trimtab.claims.core import Arm, Claim, Part, Study, below, within
 from trimtab.claims.n_pg_igt import arm
-from trimtab.claims.returns import for_returns, on_returns
+from trimtab.claims.returns import on_returns
 from trimtab.claims.tables import HORIZON, on_tables, tracking
 from trimtab.core.method import Method
 from trimtab.core.registry import find
@@ -52,10 +52,11 @@ CLAIM = Claim(
     ),
     full=Study(
         arms={
-            "gpomdp": Arm("GPOMDP, two episodes a batch", lambda seed: for_returns(find("gpomdp")(count=2, lr=0.3))),
+            "gpomdp": Arm("GPOMDP, two episodes a batch, its steps normalised and shrinking alike",
+                          lambda seed: find("gpomdp")(count=2, lr=0.3, unit=True, decay=1.0)),
             "n_sgdm": Arm("N-SGDM, two episodes a batch",
-                          lambda seed: for_returns(find("n_sgdm")(find("gpomdp")(count=2), lr=0.3))),
-            "n_harpg": Arm("N-HARPG", lambda seed: for_returns(find("harpg")(preset="normalised", lr=0.3))),
+                          lambda seed: find("n_sgdm")(find("gpomdp")(count=2), lr=0.3)),
+            "n_harpg": Arm("N-HARPG", lambda seed: find("harpg")(preset="normalised", lr=0.3)),
         },
         parts=(
             Part("on CartPole the mean return of the last tenth of training is above N-SGDM's", "return", "n_harpg",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trimtab.claims.core import Arm, Claim, Part, Study, below, within
-from trimtab.claims.returns import for_returns, on_returns
+from trimtab.claims.returns import on_returns
 from trimtab.claims.tables import on_tables, tracking
 from trimtab.core.method import Method
 from trimtab.core.registry import find
@@ -68,9 +68,10 @@ CLAIM = Claim(
     ),
     full=Study(
         arms={
-            "gpomdp": Arm("GPOMDP", lambda seed: for_returns(find("gpomdp")(lr=0.3))),
-            "n_sgdm": Arm("N-SGDM", lambda seed: for_returns(find("n_sgdm")(lr=0.3))),
-            "n_pg_igt": Arm("N-PG-IGT", lambda seed: for_returns(find("n_pg_igt")(lr=0.3))),
+            "gpomdp": Arm("GPOMDP, its steps normalised and shrinking alike: nothing is averaged",
+                          lambda seed: find("gpomdp")(lr=0.3, unit=True, decay=1.0)),
+            "n_sgdm": Arm("N-SGDM", lambda seed: find("n_sgdm")(lr=0.3)),
+            "n_pg_igt": Arm("N-PG-IGT", lambda seed: find("n_pg_igt")(lr=0.3)),
         },
         parts=(
             Part("on CartPole the mean return of the last tenth of training is above N-SGDM's", "return", "n_pg_igt",

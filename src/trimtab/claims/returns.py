@@ -11,11 +11,6 @@ DECISIONS = 100_000
 CARTPOLE = "CartPole-v1"
 
 
-def for_returns(method: Method) -> Method:
-    """The method as it is; its networks are built for the environment."""
-    return method
-
-
 def on_returns(method: Method, seed: int) -> dict[str, float]:
     """Train on CartPole-v1 for 100000 decisions of one environment; the seed is that of everything.
 

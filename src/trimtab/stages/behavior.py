@@ -76,7 +76,7 @@ def staying(batch: Batch) -> Batch:
 @piece("annotate", slot="target", reads=("obs", "action", "mask"), uses=("policy",),
        writes=("logp_target", "mean_target", "std_target"))  # fmt: skip
 def target(kit: Kit, batch: Batch, *, moments: bool = True) -> Batch:
-    """`logp_target` [N, T] of every step under the policy as it is now; with `moments`, its mean and std [N, T, A] too."""
+    """`logp_target` [N, T] of every step under the policy as it is now; with `moments`, its mean and std too."""
     wants = frozenset({"logp", "mean", "std"} if moments else {"logp"})
     made = kit.evaluate("policy", batch, wants)
     return batch.put(**{f"{name}_target": made[name] for name in sorted(wants)})

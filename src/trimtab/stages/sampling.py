@@ -47,8 +47,9 @@ def sampling_error(kit: Kit, batch: Batch, *, every: int = 10, epochs: int = 250
 
     `pi_MLE` begins as the policy; its last layer and its log std are fitted to the batch by `epochs` Adam steps of size
     `lr` on all of it, so the number is at least 0 up to how well that went. It looks before the policy is updated on
-    what it measures, so it stands among the annotations and not among the probes. The batch and the run are as without
-    it: `method.then(sampling_error())`. every: in each so many-th turn. Corrado and Hanna 2023, arXiv 2311.08290, section 6 and released code.
+    what it measures, so it stands among the annotations and not among the probes (`method.then(sampling_error())`).
+    The batch and the run are as without it. every: in each so many-th turn.
+    Corrado and Hanna 2023, arXiv 2311.08290, and its released code.
     """
     if kit.clock.turns % every:
         return batch
