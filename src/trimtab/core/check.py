@@ -57,7 +57,7 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
     for name, rule in copies.items():
         if name in models:
             raise MethodError(f"{name!r} is both a model and a copy; rename the copy")
-        for source in (rule.source, rule.options.get("b", rule.source)):
+        for source in (rule.source, rule.options.get("b", rule.source), rule.follows):
             if source not in known:
                 raise MethodError(f"copy {name!r} follows {source!r}, which is no model. {nearest(source, known)}")
         if rule.source in copies and rule.moment in ("before", "after"):

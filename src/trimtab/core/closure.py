@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
-from trimtab.core.kit import Kit
+from trimtab.core.kit import Kit, version
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, concerned, reduce, split, units, weights
+from trimtab.core.terms import Term, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
+SMALL = 2**16  # numbers: of more, a copy takes longer than one norm for each tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Gradient:
     @cached_property
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
-        return torch.nn.utils.get_total_norm(list(self.grads.values()))
+        grads = list(self.grads.values())
+        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL and all(g.is_cpu for g in grads):
+            return torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))  # quicker
+        return torch.nn.utils.get_total_norm(grads)
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,22 @@ class Closure:
         known = track.losses
         self.losses, self.wants, self._unit, self._idle = known.pieces, known.wants, known.unit, known.idle
         self._ready: tuple[int, dict[str, Tensor]] | None = None
+        self._short = False  # whether a policy's short cut to its gradient may be taken
+        self._back: tuple[dict[str, Tensor], Any] | None = None  # what it took: results, and the way back
+        self._replaced = 0  # how many contexts have put other parameters in their place
         if known.scoped:
             self._prepare(list(known.scoped))
+
+    def anew(self, rows: Batch) -> Closure:
+        """The same track on other rows."""
+        return Closure(self.kit, self.track, rows)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
-        return self.kit.trained(self.track.trains)
+        if self._replaced:
+            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self.kit.trained(self.track.trains))
 
     def __call__(
         self, params: Params | None = None, where: Tensor | None = None, create_graph: bool = False
@@ -80,6 +93,7 @@ class Closure:
         with self._at(params) as at:
             mine = list(at.values())
             loss = mine[0].new_zeros(())
+            self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
                 values = {name: t.sum() for name, t in terms.items()}
@@ -94,12 +108,12 @@ class Closure:
                 added = [v for name, v in values.items() if not terms[name].metric]
                 if not added:
                     continue
-                value = torch.stack(added).sum() if len(added) > 1 else added[0]
+                value = sum(added[1:], added[0])
                 loss = loss + (value if create_graph else value.detach())
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
                 with phase("backward"):
-                    new = list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+                    new = self._gradient(value, mine, create_graph)
                 if create_graph:
                     grads = [g + n for g, n in zip(grads, new)]
                 elif grads:
@@ -107,10 +121,21 @@ class Closure:
                 else:
                     grads = new
             grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
+            self._short = False
             reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, [name for name in sums if name not in weighed])
+        return made
+
+    def _gradient(self, value: Tensor, mine: list[Tensor], create_graph: bool) -> list[Tensor]:
+        back, self._back = self._back, None
+        if back is None:
+            return list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+        results, pull = back
+        found = torch.autograd.grad(value, list(results.values()), materialize_grads=True)
+        with torch.no_grad():
+            made: list[Tensor] = pull(dict(zip(results, found)))
         return made
 
     def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
@@ -183,9 +208,9 @@ class Closure:
         made: dict[str, Weighted] = {}
         views: dict[int, tuple[Tensor, ...]] = {}
         for p, weight in zip(self.losses, scale):
-            per, chosen = p.core.options["per"], concerned(plain, p.core.options["rows"])
+            per, chosen = p.core.options["per"], some_of(plain, p.core.options["rows"])
             whole = chosen is None
-            cuts = views.setdefault(id(weight), weight.unbind(0))
+            cuts = views.get(id(weight)) or views.setdefault(id(weight), weight.unbind(0))
             for term in self._run(p, plain, now, chosen):
                 if term.name in made:
                     raise MethodError(f"two terms are called {term.name!r}; names must differ within a track")
@@ -208,12 +233,18 @@ class Closure:
         ready, self._ready = self._ready, None
         if ready is not None and rows is self.batch and ready[0] == self._version():
             return ready[1]  # the forward that prepared the update-scope parts
+        ahead = self.kit.taken_ahead(self.track.trains, rows, self.wants)
+        if ahead is not None:
+            return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
-        return model.evaluate(rows.guarded(None), self.wants)
+        short = model.pullback(rows.guarded(None), self.wants) if self._short and hasattr(model, "pullback") else None
+        if short is None:
+            return model.evaluate(rows.guarded(None), self.wants)
+        self._back = ({name: made.requires_grad_() for name, made in short[0].items()}, short[1])
+        return self._back[0]
 
     def _version(self) -> int:
-        """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return version(self.model)
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
@@ -247,7 +278,7 @@ class Closure:
         rows = self.batch.guarded(None)
         with torch.no_grad():
             for p in scoped:
-                self._run(p, rows, now, concerned(rows, p.core.options["rows"]))
+                self._run(p, rows, now, some_of(rows, p.core.options["rows"]))
         self.kit.preparing = False
 
     @contextmanager
@@ -267,11 +298,13 @@ class Closure:
             if p is not None and id(p) in names
         ]
         leaves = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+        self._replaced += 1
         try:
             for module, leaf, name, _ in places:
                 module._parameters[leaf] = leaves[name]  # type: ignore[assignment]
             yield leaves
         finally:
+            self._replaced -= 1
             for module, leaf, _, old in places:
                 module._parameters[leaf] = old
 

@@ -24,6 +24,10 @@ class Policy(Protocol):
         """Exactly what was asked, `[N, T, ...]` or `[N, ...]`, with gradient unless it is off; 0 where `mask` is 0.
 
         It must not depend on padding or on which rows are evaluated together, beyond rounding.
+
+        A policy may also have `pullback(batch, want)`: the same results without a graph, and a function from their
+        gradients (by name) to those of `parameters()`, in order; or None where it has no such short cut. It is taken
+        where one gradient at the current parameters is asked for, and must agree with `evaluate` to rounding.
         """
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.core.errors import MethodError
 from trimtab.core.piece import Schedule
@@ -30,6 +30,12 @@ class Copy:
     moment: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def follows(self) -> str:
+        """The model after whose updates it is refreshed."""
+        after: str = self.options.get("after") or self.source
+        return after
+
     def __str__(self) -> str:
         inside = "".join(f", {k}={v!r}" for k, v in self.options.items())
         return f"{self.kind}({self.source!r}{inside})"
@@ -40,11 +46,14 @@ def frozen(source: str) -> Copy:
     return Copy("frozen", source, "begin")
 
 
-def polyak(source: str, tau: float) -> Copy:
-    """`copy <- (1 - tau) copy + tau source` after each update of the source; tau in (0, 1]."""
+def polyak(source: str, tau: float, after: str | None = None) -> Copy:
+    """`copy <- (1 - tau) copy + tau source` after each update of the source; tau in (0, 1].
+
+    after: another model, after whose updates it is done instead: a critic's target that moves when the actor does.
+    """
     if not 0 < tau <= 1:
         raise MethodError(f"polyak tau={tau} is outside (0, 1]")
-    return Copy("polyak", source, "after", {"tau": tau})
+    return Copy("polyak", source, "after", {"tau": tau, **({} if after in (None, source) else {"after": after})})
 
 
 def ema(source: str, decay: float) -> Copy:
@@ -163,12 +172,10 @@ class Kept:
         """module <- (1 - weight) module + weight source; weight 1 is an exact copy. Buffers are always copied."""
         if source is self.module:
             return
-        mine, theirs = dict(self.module.named_parameters()), dict(source.named_parameters())
-        for name, p in mine.items():
-            other: Tensor = theirs[name].detach()
-            if weight == 1.0:
-                p.copy_(other)
-            else:
-                p.mul_(1 - weight).add_(other, alpha=weight)
+        mine, theirs = list(self.module.parameters()), list(source.parameters())
+        if weight == 1.0:
+            torch._foreach_copy_(mine, theirs)
+        else:
+            torch._foreach_lerp_(mine, theirs, weight)
         for mine_b, theirs_b in zip(self.module.buffers(), source.buffers()):
             mine_b.copy_(theirs_b)

@@ -14,8 +14,8 @@ from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, PurityError, nearest
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
-from trimtab.core.stopwatch import count_rows, timed
-from trimtab.core.terms import concerned, split
+from trimtab.core.stopwatch import count_rows, phase, timed
+from trimtab.core.terms import some_of, split
 
 
 class Own(MutableMapping[str, Any]):
@@ -47,6 +47,11 @@ class Own(MutableMapping[str, Any]):
         return len(self._piece.state)
 
 
+def version(model: nn.Module) -> int:
+    """Changes whenever a parameter is written or replaced."""
+    return hash(tuple((id(p), p._version) for p in model.parameters()))
+
+
 class Kit:
     """Handed to every piece.
 
@@ -58,6 +63,7 @@ class Kit:
     def __init__(self, state: State, method: Any, memory: int | None, debug: bool) -> None:
         self._tree = state
         self._once: dict[int, Any] = {}
+        self._ahead: dict[str, tuple[int, dict[str, Any], dict[str, Tensor]]] = {}
         self._logs: list[tuple[str, Any]] = []
         self.method, self.memory, self.debug = method, memory, debug
         self.models: Mapping[str, nn.Module] = state.lookup()
@@ -175,6 +181,35 @@ class Kit:
         order = torch.argsort(torch.cat(parts))
         return {k: torch.cat([o[k] for o in outs]).index_select(0, order.to(outs[0][k].device)) for k in outs[0]}
 
+    def evaluate_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> Any:
+        """`evaluate` for update-scope pieces: where a track is about to take one gradient of the same forward pass, and
+        all rows fit at once, its graph is kept, and that track does not make it again (`taken_ahead`)."""
+        clock, losses = self.clock, ()
+        for track in self.method.tracks:
+            due = track.on == "update" and clock.updates % track.every == 0
+            if due and track.trains == name and self.scope in ("", track.name) and track.update.core.one_gradient:
+                losses = track.of("loss")
+                break
+        wanted = frozenset().union(*(p.union("wants") for p in losses))
+        if not wanted or not wanted <= want or (self.memory is not None and self.memory < len(batch)):
+            return self.evaluate(name, batch, want)
+        model: Any = self.models[name]
+        plain = batch.guarded(None)
+        with phase("evaluate"), torch.enable_grad():
+            count_rows(plain)
+            made = model.evaluate(plain, want)
+        self._ahead[name] = (version(model), dict(plain.columns), made)
+        return {k: v.detach() for k, v in made.items()}
+
+    def taken_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> dict[str, Tensor] | None:
+        """What `evaluate_ahead` kept, with its graph, once: of these parameters and, column by column, these rows."""
+        kept = self._ahead.pop(name, None)
+        if kept is None or kept[0] != version(self.models[name]):
+            return None
+        if any(batch.columns.get(k) is not v for k, v in kept[1].items()):
+            return None
+        return kept[2] if want <= kept[2].keys() else None
+
     # -- running pieces -----------------------------------------------------------------------------------------
     @torch.no_grad()
     def annotate(self, piece: Piece, batch: Batch, *now: Any) -> Batch:
@@ -185,7 +220,7 @@ class Kit:
         self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
         self.preparing = True
         reserved = piece.core.options
-        chosen = concerned(batch, reserved["rows"]) if piece.stage in ("credit", "select") else None
+        chosen = some_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else None
         if chosen is None:
             return self._guarded(piece, batch, *now)
         made = batch.take(chosen)

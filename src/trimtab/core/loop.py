@@ -180,7 +180,7 @@ def scoped(kit: Kit, rows: Batch, pieces: tuple[Any, ...], model: str) -> Batch:
             with phase(stage):
                 if p.union("wants"):
                     wants = frozenset().union(*(q.union("wants") for q in pieces if q.stage in _NO_GRAD))
-                    now = kit.evaluate(model, rows, wants) if now is None or len(now) == 0 else now
+                    now = kit.evaluate_ahead(model, rows, wants) if now is None or len(now) == 0 else now
                     rows = kit.annotate(p, rows, now)
                 else:
                     rows = kit.annotate(p, rows, *([{}] if p.at == "update" else []))
@@ -192,7 +192,7 @@ _NO_GRAD = ("annotate", "credit", "select")
 
 def refresh(state: State, kit: Kit, moment: str, logs: dict[str, float] | None = None, source: str = "") -> None:
     """Let the copies that follow their source at this moment catch up; those made of other copies come last."""
-    due = [k for k in state.copies.values() if k.rule.moment == moment and source in ("", k.rule.source)]
+    due = [k for k in state.copies.values() if k.rule.moment == moment and source in ("", k.rule.follows)]
     for kept in sorted(due, key=lambda k: k.rule.kind == "mix"):
         if any(kept.rule == rule for rule in kit.method.copies.values()):
             kept.refresh(state.lookup(), kit, logs)

@@ -19,7 +19,7 @@ from trimtab.core.errors import MethodError, nearest
 from trimtab.core.network import Network
 from trimtab.core.piece import SINGLE, Piece, in_order
 
-FIELDS = ("rows", "passes", "name", "phases", "copies", "track", "networks")  # what `but` changes
+FIELDS = ("rows", "passes", "name", "phases", "copies", "track", "networks", "every")  # what `but` changes
 YOU = "you"  # who made an edit that no method made
 
 
@@ -283,8 +283,12 @@ class Method:
 
     def but(self, **fields: Any) -> Method:
         """Change `rows`, `passes`, `name`, `phases`, add `copies` or a `track` (last, or `before` another one), add or
-        replace `networks`."""
+        replace `networks`, or let tracks run on `every` k-th update: `every={"policy": 2}`."""
         made = self
+        for name, k in fields.pop("every", {}).items():
+            old = made.track(name)
+            tracks = tuple(replace(t, every=k) if t is old else t for t in made.tracks)
+            made = replace(made, tracks=tracks)._noted("set", f"track {name}", f"every {old.every} -> {k}")
         for name, network in fields.pop("networks", {}).items():
             made = made._networked(name, network)
         if "copies" in fields:

@@ -44,6 +44,23 @@ class linear(Schedule):
 
 
 @dataclass(frozen=True)
+class ramp(Schedule):
+    """From `start` to `end` in proportion to the run's progress, reached when a share `over` of it is used."""
+
+    start: float
+    end: float
+    over: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checked(self)
+        if not 0 < self.over <= 1:
+            raise MethodError(f"ramp: over={self.over!r} must be in (0, 1]: the share of the run that it takes")
+
+    def __call__(self, clock: Clock) -> float:
+        return self.start + (self.end - self.start) * min(1.0, clock.progress / self.over)
+
+
+@dataclass(frozen=True)
 class cosine(Schedule):
     """From `start` to `end` along half a cosine over the run's progress."""
 

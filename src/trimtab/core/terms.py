@@ -70,7 +70,7 @@ def rows_of(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor:
     return torch.isin(source, torch.tensor([SOURCES.index(n) for n in names], device=source.device))
 
 
-def concerned(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor | None:
+def some_of(batch: Batch, rows: str | tuple[str, ...] | None) -> Tensor | None:
     """`rows_of`, or None where that is every row; quick where all rows have one source."""
     source = batch.same("source") if rows is not None else None
     if rows is None or (source is not None and SOURCES[source] in ((rows,) if isinstance(rows, str) else rows)):
@@ -99,7 +99,7 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
     `m` is `keep`; rows outside the loss's `rows` do not count at all; rows with an empty mask count. Metrics are means
     over decisions ("token") whatever the terms' reduction, or over rows where the metric has one value a row.
     """
-    every = concerned(batch, options["rows"]) is None
+    every = some_of(batch, options["rows"]) is None
     keep = mask_of(batch)
     if every and options["per"] == "token" and batch.same("keep" if "keep" in batch.columns else "mask") == 1:
         # The same weight everywhere is held once.

@@ -1,5 +1,9 @@
 """Every method, one paper a file. Importing this package registers them."""
 
+from trimtab.methods.control import ddpg as ddpg
+from trimtab.methods.control import dqn as dqn
+from trimtab.methods.control import sac as sac
+from trimtab.methods.control import td3 as td3
 from trimtab.methods.control import actor_critic as actor_critic
 from trimtab.methods.control import gpomdp as gpomdp
 from trimtab.methods.control import harpg as harpg

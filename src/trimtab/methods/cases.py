@@ -107,7 +107,8 @@ def pairs(seed: int) -> Case:
 
 SMALL = {
     "collect.horizon": 6, "collect.count": 4, "rows": 7, "passes": 2, "update.lr": 1e-2, "policy:update.lr": 1e-2,
-    "critic:update.lr": 1e-2,
+    "critic:update.lr": 1e-2, "temperature:update.lr": 1e-2, "collect.batch": 9, "collect.warmup": 6,
+    "collect.capacity": 40, "uniform_first.decisions": 4,
 }  # fmt: skip
 
 

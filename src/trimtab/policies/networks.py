@@ -15,6 +15,7 @@ from torch import nn
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.method import Method
 from trimtab.core.network import Network
+from trimtab.policies import critic_kinds
 from trimtab.policies.layers import MLP, Inputs
 from trimtab.policies.stochastic import ActorCritic, Categorical, Gaussian, Value
 
@@ -33,8 +34,8 @@ class Spaces:
     def inputs(self) -> Inputs:
         return Inputs(self.observation, self.dtype)
 
-    def mlp(self, network: Network, inputs: int, outputs: int, *, init: str, gain: float) -> MLP:
-        made = {"activation": network.activation, "init": init, "gain": gain, "dtype": self.dtype}
+    def mlp(self, network: Network, inputs: int, outputs: int, *, init: str, gain: float, **more: Any) -> MLP:
+        made = {"activation": network.activation, "init": init, "gain": gain, "dtype": self.dtype, **more}
         return MLP(inputs, tuple(network.hidden), outputs, **made)
 
     def choices(self, who: str) -> tuple[int, ...]:
@@ -108,7 +109,12 @@ def actor_critic(
     return ActorCritic(actor, value(made_for, network, init=init))
 
 
-KINDS: dict[str, Callable[..., nn.Module]] = {"stochastic": stochastic, "value": value, "actor_critic": actor_critic}
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "stochastic": stochastic,
+    "value": value,
+    "actor_critic": actor_critic,
+    **critic_kinds.KINDS,
+}
 
 
 # -- building ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ distributions are apart: `divergence` of what `evaluate` calls "distribution".
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from trimtab.core.batch import Batch
 from trimtab.core.contracts import Decision
 from trimtab.policies.layers import MLP, Inputs
 
+Pullback = tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], list[Tensor]]]
+VALUE = frozenset({"value"})
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 EDGE = 1e-6  # how close to the ends of its interval a tanh action may come, as a share of half the interval
 
@@ -51,7 +54,7 @@ class Gaussian(nn.Module):
         self.bounded = bounds is not None
         if bounds is not None:
             low, high = (b.to(inputs.dtype).flatten() for b in bounds)
-            self.register_buffer("half", (high - low) / 2, persistent=False)
+            self.register_buffer("half_width", (high - low) / 2, persistent=False)
             self.register_buffer("middle", (high + low) / 2, persistent=False)
         self.provides = frozenset({"logp", "mean", "std", "distribution"} | ({"entropy"} if bounds is None else set()))
 
@@ -74,6 +77,33 @@ class Gaussian(nn.Module):
             made["entropy"] = masked(each.expand(batch["mask"].shape), batch)
         return made
 
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """See `ActorCritic.pullback`."""
+        log_std = self.log_std
+        if self.bounded or not want <= {"logp", "entropy"} or not log_std.requires_grad:
+            return None
+        passed = self.mean.pullback(self.inputs(batch["obs"]).flatten(0, 1))
+        if passed is None:
+            return None
+        mean, into = passed
+        with torch.no_grad():
+            shape, inverse = batch["action"].shape[:2], (-log_std).exp()
+            z = (batch["action"].flatten(2).flatten(0, 1) - mean) * inverse
+            logp = -0.5 * z.square().sum(-1) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
+            made = {"logp": logp.view(shape)}
+            if "entropy" in want:
+                made["entropy"] = (log_std + (0.5 + LOG_SQRT_2PI)).sum().expand(shape)
+
+        def back(grads: Mapping[str, Tensor]) -> list[Tensor]:
+            grad = grads["logp"].reshape(-1, 1)
+            along = grad * z
+            of_log_std = (along * z).sum(0) - grad.sum()
+            if "entropy" in grads:
+                of_log_std = of_log_std + grads["entropy"].sum()
+            return [of_log_std, *into(along * inverse)]
+
+        return made, back
+
     def divergence(self, new: Tensor, old: Tensor) -> Tensor:
         """`KL(new || old)` of distributions `[..., 2 A]` (means, log deviations), `[...]`; no tanh changes it."""
         (mean, log_std), (mean_old, log_std_old) = new.chunk(2, -1), old.chunk(2, -1)
@@ -84,11 +114,12 @@ class Gaussian(nn.Module):
         """`log pi` of flat actions `[..., A]` under means of the same shape, `[...]`."""
         log_std = self.log_std
         if not self.bounded:
-            return (-0.5 * ((action - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI).sum(-1)
-        y = ((action - self.middle) / self.half).clamp(-1 + EDGE, 1 - EDGE)
+            z = (action - mean) * (-log_std).exp()
+            return -0.5 * z.square().sum(-1) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
+        y = ((action - self.middle) / self.half_width).clamp(-1 + EDGE, 1 - EDGE)
         u = torch.atanh(y)
         # log(1 - tanh^2 u) = 2 (log 2 - u - softplus(-2 u)), which does not lose the small ones.
-        change = self.half.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
+        change = self.half_width.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
         return (-0.5 * ((u - mean) * (-log_std).exp()).square() - log_std - LOG_SQRT_2PI - change).sum(-1)
 
     def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
@@ -96,7 +127,10 @@ class Gaussian(nn.Module):
             mean = self.mean(self.inputs(obs))
             noise = torch.empty_like(mean).normal_(generator=rng)
             action = self._outer(mean + self.log_std.exp() * noise)
-            return Decision(action.reshape(-1, *self.shape), self.density(mean, action)), carry
+            if self.bounded:
+                return Decision(action.reshape(-1, *self.shape), self.density(mean, action)), carry
+            logp = -0.5 * noise.square().sum(-1) - (self.log_std.sum() + len(self.log_std) * LOG_SQRT_2PI)
+            return Decision(action.reshape(-1, *self.shape), logp), carry
 
     def mode(self, obs: Tensor) -> Tensor:
         """The mean, or what `tanh` makes of it: the mode of the Gaussian that is squashed."""
@@ -104,7 +138,7 @@ class Gaussian(nn.Module):
             return self._outer(self.mean(self.inputs(obs))).reshape(-1, *self.shape)
 
     def _outer(self, u: Tensor) -> Tensor:
-        return self.middle + self.half * u.tanh().clamp(-1 + EDGE, 1 - EDGE) if self.bounded else u
+        return self.middle + self.half_width * u.tanh().clamp(-1 + EDGE, 1 - EDGE) if self.bounded else u
 
 
 class Categorical(nn.Module):
@@ -133,6 +167,32 @@ class Categorical(nn.Module):
     def divergence(self, new: Tensor, old: Tensor) -> Tensor:
         """`KL(new || old)` of log-probabilities `[..., K]`, of every choice one after another, `[...]`."""
         return (new.exp() * (new - old)).sum(-1)
+
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """See `ActorCritic.pullback`; of one choice."""
+        if len(self.choices) > 1 or not want <= {"logp", "entropy"}:
+            return None
+        passed = self.logits.pullback(self.inputs(batch["obs"]).flatten(0, 1))
+        if passed is None:
+            return None
+        logits, into = passed
+        with torch.no_grad():
+            shape, every = batch["action"].shape[:2], logits.log_softmax(-1)
+            action = batch["action"].reshape(-1, 1).long()
+            made = {"logp": every.gather(-1, action).view(shape)}
+            probs = every.exp()
+            entropy = -(probs * every).sum(-1, keepdim=True) if "entropy" in want else None
+            if entropy is not None:
+                made["entropy"] = entropy.view(shape)
+
+        def back(grads: Mapping[str, Tensor]) -> list[Tensor]:
+            grad = grads["logp"].reshape(-1, 1)
+            into_logits = (-grad * probs).scatter_add(-1, action, grad)
+            if entropy is not None:
+                into_logits = into_logits - grads["entropy"].reshape(-1, 1) * probs * (every + entropy)
+            return into(into_logits)
+
+        return made, back
 
     def _logps(self, obs: Tensor) -> list[Tensor]:
         """Log-probabilities of every action, `[..., K]`, one for each choice."""
@@ -174,6 +234,14 @@ class Value(nn.Module):
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         return {"value": masked(self.net(self.inputs(batch["obs"]))[..., 0], batch)} if "value" in want else {}
 
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """See `ActorCritic.pullback`."""
+        passed = self.net.pullback(self.inputs(batch["obs"]).flatten(0, 1)) if want == {"value"} else None
+        if passed is None:
+            return None
+        made, into = passed
+        return {"value": made.view(batch["obs"].shape[:2])}, lambda grads: into(grads["value"].reshape(-1, 1))
+
 
 class ActorCritic(nn.Module):
     """A policy and a value with no layer in common, trained as one: their gradient is clipped by one norm."""
@@ -187,6 +255,22 @@ class ActorCritic(nn.Module):
         decided = want - {"value"}
         made = self.actor.evaluate(batch, decided) if decided else {}
         return {**made, **self.critic.evaluate(batch, want)} if "value" in want else made
+
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """`evaluate` without a graph, and what turns gradients of its results into those of `parameters()`, in order.
+
+        None where that cannot be done: padded rows, other wants, wide or partly frozen layers.
+        """
+        if batch.same("mask") != 1 or "value" not in want or want == {"value"}:
+            return None
+        acting, valuing = self.actor.pullback(batch, want - {"value"}), self.critic.pullback(batch, VALUE)
+        if acting is None or valuing is None:
+            return None
+
+        def back(grads: Mapping[str, Tensor]) -> list[Tensor]:
+            return acting[1](grads) + valuing[1](grads)
+
+        return {**acting[0], **valuing[0]}, back
 
     def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
         return self.actor.act(obs, carry, rng)

@@ -40,7 +40,8 @@ def old_logp(batch: Batch, now: Now) -> Tensor:
 @piece("part", reads=("logp_old", "mask"), wants=("logp",))
 def token_ratio(batch: Batch, now: Now, *, limit: float = 20.0) -> Tensor:
     """`r_t = exp(clamp(logp_t - logp_old_t, -limit, limit))`, `[N, T]`; 1 where `mask` is 0."""
-    return (now["logp"] - old_logp(batch, now)).mul(batch.mask).clamp(-limit, limit).exp()
+    drift = now["logp"] - old_logp(batch, now)
+    return (drift if batch.same("mask") == 1 else drift.mul(batch.mask)).clamp(-limit, limit).exp()
 
 
 @piece("part", reads=("logp_old", "mask"), wants=("logp",))
@@ -87,6 +88,14 @@ def score_function(batch: Batch, now: Now, advantage: Tensor, ratio: None, bound
     return -advantage * now["logp"]
 
 
+def _alike(bound: Bound, ratio: Tensor) -> tuple[Any, Any]:
+    """Both limits as numbers, or both as tensors: what `clamp` takes."""
+    if isinstance(bound.low, Tensor) or isinstance(bound.high, Tensor):
+        low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
+        return low, high
+    return bound.low, bound.high
+
+
 def _dual_sane(options: Mapping[str, Any]) -> str | None:
     dual = options["dual"]
     return None if dual is None or dual > 1 else f"dual={dual} must be above 1: it holds ratios that are too large"
@@ -103,8 +112,7 @@ def pessimistic(
     if bound is None:
         value = -ratio * advantage
     else:
-        low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
-        value = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        value = -torch.minimum(ratio * advantage, ratio.clamp(*_alike(bound, ratio)) * advantage)
     return value if dual is None else torch.where(advantage < 0, value.clamp(max=-dual * advantage), value)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.batch import Batch
 from trimtab.core.closure import Closure, Gradient, Params
 from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
+from trimtab.core.loop import scoped
 from trimtab.core.piece import Schedule, piece
 
 
@@ -69,16 +71,57 @@ def descend(
 ) -> None:
     """One step of a torch optimiser along a gradient no longer than `clip`, with the settings of this moment."""
     grads = list(made.grads.values())
-    scale = 1.0 if clip is None else clip / (float(made.norm) + 1e-6)
+    scale = 1.0 if clip is None else min(1.0, clip / (float(made.norm) + 1e-6))
+    for group in optimizer.param_groups:
+        group.update(settings)
+    if isinstance(optimizer, torch.optim.AdamW) and _fused(optimizer, parameters, grads, scale, settings):
+        return
     if scale < 1:
         torch._foreach_mul_(grads, scale)
     for parameter, grad in zip(parameters, grads):
         parameter.grad = grad
-    for group in optimizer.param_groups:
-        group.update(settings)
     optimizer.step()
     torch.autograd.graph.increment_version(parameters)  # a fused step leaves versions as they were
     optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _fused(
+    optimizer: torch.optim.AdamW,
+    parameters: list[torch.nn.Parameter],
+    grads: list[Tensor],
+    scale: float,
+    settings: Mapping[str, Any],
+) -> bool:
+    """`AdamW.step` on `scale` times the gradient, without what surrounds its kernel: that takes a small network longer.
+
+    False, and nothing done, before the first step of any parameter, or where they differ in type, place or age.
+    """
+    held: list[Any] = [optimizer.state.get(p) for p in parameters]
+    first = parameters[0]
+    if not first.is_cpu or not all(held) or any(p.dtype != first.dtype or not p.is_cpu for p in parameters):
+        return False
+    step = held[0]["step"]
+    for h in held:
+        if h["step"] is not step:
+            if h["step"] != step:
+                return False
+            h["step"] = step  # parameters of one age share one count
+    step += 1
+    by = None
+    if scale < 1 and first.dtype == torch.float32:
+        by = torch.tensor(1 / scale)  # the kernel divides by it, and has it in float32
+    elif scale < 1:
+        torch._foreach_mul_(grads, scale)
+    first_moments, second_moments = ([h[name] for h in held] for name in ("exp_avg", "exp_avg_sq"))
+    beta1, beta2 = settings["betas"]
+    torch._fused_adamw_(
+        parameters, grads, first_moments, second_moments, [], [step] * len(held), lr=settings["lr"], beta1=beta1,
+        beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
+        grad_scale=by,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(parameters)  # the kernel leaves versions as they were
+    return True
 
 
 def make_rmsprop(kit: Kit, options: Mapping[str, Any]) -> torch.optim.RMSprop:
@@ -146,6 +189,12 @@ class ClippedClosure:
         scale = (self._norm / (made.norm + 1e-6)).clamp(max=1.0)
         return replace(made, grads={name: grad * scale for name, grad in made.grads.items()})
 
+    def anew(self, rows: Batch) -> ClippedClosure:
+        """The same on other rows; the norms of its gradients are seen here."""
+        made = ClippedClosure(self._closure.anew(rows), self._norm)
+        made.seen = self.seen
+        return made
+
     def __getattr__(self, name: str) -> Any:  # params, terms, micro, batch, kit, ...
         return getattr(self._closure, name)
 
@@ -206,6 +255,25 @@ def scheduled(
             parameter = closure.params[name]
             parameter.copy_(start + by * (parameter - start))
     return {**logs, "step_scale": by}, stop
+
+
+def _times(options: Mapping[str, Any]) -> str | None:
+    return None if options["times"] >= 1 else f"times={options['times']} must be at least 1"
+
+
+@piece("update", validate=_times)
+def repeated(
+    kit: Kit, closure: Closure, *, inner: Callable[..., tuple[Logs, bool]], times: int = 2
+) -> tuple[Logs, bool]:
+    """A wrap: the update inside `times` times on the same rows, the track's own update-scope pieces anew before each
+    (noise is drawn again, targets are made again). It ends early where the update inside says stop."""
+    logs, stop = inner(closure)
+    for _ in range(times - 1):
+        if stop:
+            break
+        track = closure.track
+        logs, stop = inner(closure.anew(scoped(kit, closure.batch, track.pieces, track.trains)))
+    return logs, stop
 
 
 class GivenClosure:

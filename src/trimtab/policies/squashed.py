@@ -1,0 +1,125 @@
+"""Policies whose actions stay inside a box: a tanh-squashed Gaussian and a deterministic one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.core.batch import Batch
+from trimtab.core.contracts import Decision
+from trimtab.core.errors import MethodError, nearest
+from trimtab.policies.layers import MLP, Inputs
+from trimtab.policies.stochastic import EDGE, LOG_SQRT_2PI, masked
+
+SPREADS = {"tanh": (-5.0, 2.0), "clamp": (-20.0, 2.0)}  # how log sigma is kept in a range, and the range
+
+
+class Bounds(nn.Module):
+    """A box, as half width `c` and middle `b`, both `[A]`: `a = c y + b` for y in [-1, 1]."""
+
+    reach: Tensor
+    middle: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("reach", (high - low) / 2, persistent=False)
+        self.register_buffer("middle", (high + low) / 2, persistent=False)
+        self.unit = bool((self.reach == 1).all() and (self.middle == 0).all())
+
+    def outer(self, y: Tensor) -> Tensor:
+        return y if self.unit else self.reach * y + self.middle
+
+    def inner(self, action: Tensor) -> Tensor:
+        return action if self.unit else (action - self.middle) / self.reach
+
+
+class SquashedGaussian(nn.Module):
+    """`u = mu(s) + sigma(s) noise`, `a = c tanh(u) + b` (Haarnoja et al. 2018, appendix C).
+
+    `log pi(a|s) = log N(u; mu, sigma) - sum_j log(c_j (1 - tanh^2 u_j))`, with
+    `log(1 - tanh^2 u) = 2 (log 2 - u - softplus(-2 u))`, which loses nothing where tanh is close to 1.
+
+    `evaluate` gives `sample` and `sample_logp`, the action that the column `noise` `[N, T, A]` makes and its
+    log-density, both with gradient; `logp` of the column `action`, whose `u` comes back from the action itself; `mean`
+    and `std` of u. spread: "tanh" maps log sigma into [-5, 2], "clamp" cuts it to [-20, 2].
+    """
+
+    provides = frozenset({"sample", "sample_logp", "logp", "mean", "std"})
+
+    def __init__(self, inputs: Inputs, net: MLP, bounds: Bounds, shape: tuple[int, ...], spread: str = "tanh") -> None:
+        super().__init__()
+        if spread not in SPREADS:
+            raise MethodError(f"spread={spread!r} is not known. {nearest(str(spread), SPREADS)}")
+        self.inputs, self.net, self.bounds, self.shape, self.spread = inputs, net, bounds, shape, spread
+
+    def moments(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """`mu` and `log sigma`, each `[..., A]`."""
+        mean, log_std = self.net(self.inputs(obs)).chunk(2, -1)
+        low, high = SPREADS[self.spread]
+        if self.spread == "clamp":
+            return mean, log_std.clamp(low, high)
+        return mean, torch.add(low + 0.5 * (high - low), log_std.tanh(), alpha=0.5 * (high - low))
+
+    def density(self, u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+        """The log-density of `c tanh(u) + b`, `[...]`; noise: `(u - mu) / sigma`."""
+        change = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        if not self.bounds.unit:
+            change = change + self.bounds.reach.log()
+        return (-0.5 * noise.square() - log_std - LOG_SQRT_2PI - change).sum(-1)
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        mean, log_std = self.moments(batch["obs"])
+        made: dict[str, Tensor] = {}
+        if want & {"sample", "sample_logp"}:
+            noise = batch["noise"]
+            u = torch.addcmul(mean, log_std.exp(), noise)
+            if "sample" in want:
+                made["sample"] = self.bounds.outer(u.tanh()).unflatten(-1, self.shape)
+            if "sample_logp" in want:
+                made["sample_logp"] = masked(self.density(u, noise, log_std), batch)
+        if "logp" in want:
+            y = self.bounds.inner(batch["action"].flatten(2)).clamp(-1 + EDGE, 1 - EDGE)
+            u = torch.atanh(y)
+            made["logp"] = masked(self.density(u, (u - mean) * (-log_std).exp(), log_std), batch)
+        made |= {"mean": mean} if "mean" in want else {}
+        return made | ({"std": log_std.exp()} if "std" in want else {})
+
+    def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
+        with torch.inference_mode():
+            mean, log_std = self.moments(obs)
+            noise = torch.empty_like(mean).normal_(generator=rng)
+            u = torch.addcmul(mean, log_std.exp(), noise)
+            action = self.bounds.outer(u.tanh()).reshape(-1, *self.shape)
+            return Decision(action, self.density(u, noise, log_std)), carry
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """What `tanh` makes of the mean: the mode of the Gaussian that is squashed."""
+        with torch.inference_mode():
+            return self.bounds.outer(self.moments(obs)[0].tanh()).reshape(-1, *self.shape)
+
+
+class Deterministic(nn.Module):
+    """`a = c tanh(mu(s)) + b`, with no randomness of its own; `evaluate` gives it as `sample`, with gradient."""
+
+    provides = frozenset({"sample"})
+
+    def __init__(self, inputs: Inputs, net: MLP, bounds: Bounds, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.inputs, self.net, self.bounds, self.shape = inputs, net, bounds, shape
+
+    def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
+        return {"sample": self._action(batch["obs"]).unflatten(-1, self.shape)} if "sample" in want else {}
+
+    def _action(self, obs: Tensor) -> Tensor:
+        return self.bounds.outer(self.net(self.inputs(obs)).tanh())
+
+    def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
+        return Decision(self.mode(obs)), carry
+
+    def mode(self, obs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._action(obs).reshape(-1, *self.shape)
