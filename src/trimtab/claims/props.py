@@ -70,8 +70,8 @@ def small_ppo() -> Method:
 
 CLAIM = Claim(
     method="props",
-    statement="A behavior policy pushed away from the actions that a buffer holds too often gives a sample closer to the "
-    "policy than sampling the policy itself, and so policy gradients that need less data.",
+    statement="A behavior policy pushed away from the actions that a buffer holds too often gives a sample closer to "
+    "the policy than sampling the policy itself, and so policy gradients that need less data.",
     mechanism=Study(
         arms={
             "on-policy": Arm("the policy itself", lambda seed: still(sgd(lr=0.0))),
