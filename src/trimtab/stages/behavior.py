@@ -166,6 +166,7 @@ def sweeps(
     """
     rows = mask_of(closure.batch).any(1).nonzero().squeeze(1)
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    parameters: Any = list(closure.params.values())
     made, kl = 0, 0.0
     for _ in range(epochs):
         order = rows[torch.randperm(len(rows), generator=kit.rng("sweeps"))] if minibatches > 1 else rows
@@ -174,7 +175,7 @@ def sweeps(
             kl = float(gradient.terms["behavior_kl"])
             if limit is not None and kl > limit:
                 return {"steps": float(made), "kl": kl, "stopped": 1.0}, False
-            descend(kit.state["optimizer"], list(closure.params.values()), gradient, clip, settings)
+            descend(kit.state["optimizer"], parameters, gradient, clip, settings)
             made += 1
     return {"steps": float(made), "kl": kl, "stopped": 0.0}, False
 

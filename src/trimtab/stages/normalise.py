@@ -156,7 +156,7 @@ def _fresh(batch: Batch) -> Batch:
     columns = batch.columns
     if "fresh" not in columns:
         return batch
-    length, new = columns["mask"].shape[1], int(columns["fresh"][0].sum())  # type: ignore[union-attr, call-overload]
+    length, new = columns["mask"].shape[1], int(columns["fresh"][0].sum())  # type: ignore[union-attr]
     names = ("reward", "terminated", "truncated", "episode", "mask")
     return Batch({name: columns[name][:, length - new :] for name in names})  # type: ignore[call-overload]
 
