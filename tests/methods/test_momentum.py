@@ -284,10 +284,10 @@ def nothing() -> TabularEnvironment:
 
 
 NEUTRAL: dict[str, dict[str, Any]] = {
-    "n_sgdm": {"unit": True, "decay": 1.0},
-    "n_pg_igt": {"unit": True, "decay": 1.0},
+    "n_sgdm": {"lr": 0.1, "unit": True, "decay": 1.0},
+    "n_pg_igt": {"lr": 0.1, "unit": True, "decay": 1.0},
     "harpg": {"decay": 0.5},
-    "n_harpg": {"unit": True, "decay": 1.0},
+    "n_harpg": {"lr": 0.1, "unit": True, "decay": 1.0},
 }
 
 

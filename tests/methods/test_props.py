@@ -226,8 +226,11 @@ def test_what_cannot_be_is_refused() -> None:
         sweeps(limit=0)
     with pytest.raises(MethodError, match="blocks=0 must be at least 1"):
         stage.kept(blocks=0)
-    with pytest.raises(MethodError, match="both swap"):
-        find("ros")(find("props")())
+    for twice in (("ros", "props"), ("props", "buffered")):
+        with pytest.raises(MethodError, match="keeps earlier batches already"):
+            find(twice[0])(find(twice[1])())
+    with pytest.raises(MethodError, match="no option 'horizon'"):
+        find("buffered")(find("gpomdp")())
 
 
 # -- the meter (checks 8 and 9) ----------------------------------------------------------------------------------

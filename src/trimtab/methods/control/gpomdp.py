@@ -15,7 +15,7 @@ from trimtab.stages.surrogate import score_function, surrogate
 @method(world="control", title="GPOMDP: the vanilla policy gradient on rewards to go", case="table")
 def gpomdp(
     *,
-    lr: float = 0.1,
+    lr: float = 1e-3,
     decay: float = 2 / 3,
     unit: bool = False,
     count: int = 1,
@@ -27,7 +27,8 @@ def gpomdp(
 
     Baxter and Bartlett 2001; step rule of Fatkhullin et al. 2023, arXiv 2302.01734, for vanilla policy gradient. Whole
     episodes, one update a batch; `Psi_h` are the rewards from h on (see `reward_to_go`), and nothing is bootstrapped.
-    lr, decay: the first step, and how fast steps shrink (t counts batches); 0 keeps them. unit: divide the step by the
+    lr, decay: the first step, and how fast steps shrink (t counts batches); 0 keeps them. The gradient is a sum over
+    the decisions of an episode, so long ones need small steps unless `unit` normalises them. unit: divide the step by the
     gradient's norm. count: episodes a batch. discount: in [0, 1]. from_start: discount from the start of the episode
     (the exact gradient of the discounted return) or from each decision (common in practice). baseline: memory in [0, 1)
     of a running mean of `Psi_h` at each place h, subtracted; None for none.
@@ -48,7 +49,7 @@ def gpomdp(
     title="Normalised SGD with momentum (N-SGDM)",
     base=gpomdp,
     case="table",
-    neutral=Neutral({"eta_decay": 0.0}, base_options={"decay": 1.0, "unit": True}),
+    neutral=Neutral({"eta_decay": 0.0}, base_options={"lr": 0.1, "decay": 1.0, "unit": True}),
 )
 def n_sgdm(base: Method, *, lr: float = 0.1, decay: float = 1.0, eta0: float = 1.0, eta_decay: float = 2 / 3) -> Method:
     """Edits to gpomdp: the step follows a running average of gradients, and is normalised.

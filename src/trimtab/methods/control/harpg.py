@@ -20,12 +20,12 @@ from trimtab.stages.momentum import beside, corrected, follow, with_log_prob
         base_options={"decay": 0.5},
         why="with eta = 1 nothing old is kept, so there is nothing to correct and no second episode is played",
     ),
-    presets={"normalised": {"unit": True, "decay": 1.0}},
+    presets={"normalised": {"lr": 0.1, "unit": True, "decay": 1.0}},
 )
 def harpg(
     base: Method,
     *,
-    lr: float = 0.1,
+    lr: float = 1e-3,
     decay: float = 0.5,
     unit: bool = False,
     eta0: float = 1.0,

@@ -18,7 +18,7 @@ from trimtab.stages.momentum import follow, transported
     case="table",
     neutral=Neutral(
         {"eta_decay": 0.0},
-        base_options={"decay": 1.0, "unit": True},
+        base_options={"lr": 0.1, "decay": 1.0, "unit": True},
         why="with eta = 1 nothing old is averaged, and the point ahead is the point itself",
     ),
 )

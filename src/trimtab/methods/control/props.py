@@ -15,6 +15,8 @@ def keeping(base: Method, batches: int, blocks: int = 1) -> Method:
     """The base on the last `batches` batches, each collected in `blocks` parts; it learns when one is complete."""
     if batches < 1 or blocks < 1:
         raise MethodError(f"batches={batches} and blocks={blocks} must both be at least 1")
+    if any(p.name == "kept" for p in base.get("collect").walk()):
+        raise MethodError(f"{base.name} keeps earlier batches already; set its own batches instead of keeping more")
     horizon = base.get("collect.horizon")
     if horizon % blocks:
         raise MethodError(
