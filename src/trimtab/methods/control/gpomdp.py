@@ -28,10 +28,10 @@ def gpomdp(
     Baxter and Bartlett 2001; step rule of Fatkhullin et al. 2023, arXiv 2302.01734, for vanilla policy gradient. Whole
     episodes, one update a batch; `Psi_h` are the rewards from h on (see `reward_to_go`), and nothing is bootstrapped.
     lr, decay: the first step, and how fast steps shrink (t counts batches); 0 keeps them. The gradient is a sum over
-    the decisions of an episode, so long ones need small steps unless `unit` normalises them. unit: divide the step by the
-    gradient's norm. count: episodes a batch. discount: in [0, 1]. from_start: discount from the start of the episode
-    (the exact gradient of the discounted return) or from each decision (common in practice). baseline: memory in [0, 1)
-    of a running mean of `Psi_h` at each place h, subtracted; None for none.
+    the decisions of an episode, so long ones need small steps. unit: divide the step by the gradient's norm. count:
+    episodes a batch. discount: in [0, 1]. from_start: discount from the start of the episode (the exact gradient of the
+    discounted return) or from each decision (common in practice). baseline: memory in [0, 1) of a running mean of
+    `Psi_h` at each place h, subtracted; None for none.
     """
     return Method(
         "gpomdp",
