@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--sort", default="tottime")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     loops = {name: loop(name, asked.task) for name in asked.methods}
@@ -47,7 +48,7 @@ def main() -> None:
             with cProfile.Profile(time.process_time) as profile:
                 for _ in range(asked.updates):
                     next(made)
-            pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+            pstats.Stats(profile).sort_stats(asked.sort).print_stats(70)
         return
     taken: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(asked.rounds):

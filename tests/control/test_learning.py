@@ -13,11 +13,10 @@ from trimtab.core.schedules import linear
 from trimtab.environments.gym import GymEnvironment
 from trimtab.policies.networks import build_networks
 
-SHORT = {"horizon": 128, "normalise_advantage": True}
 ARMS: dict[str, tuple[dict[str, Any], float]] = {
-    "ppo": ({"preset": "cleanrl_discrete", "lr": linear(1e-3, 0.0)}, 100.0),
-    "a2c": ({"horizon": 16, "lr": 3e-3, "lam": 0.95}, 60.0),
-    "trpo": ({}, 100.0),
+    "ppo": ({"preset": "cleanrl_discrete", "lr": linear(1e-3, 0.0)}, 120.0),
+    "a2c": ({"horizon": 16, "lr": 3e-3, "lam": 0.95}, 120.0),
+    "trpo": ({}, 150.0),
 }
 
 

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError
 from trimtab.core.loop import run
-from trimtab.core.method import Method, diff
+from trimtab.core.method import Method, authored_by, diff
 from trimtab.core.network import Network
 from trimtab.core.registry import find
 from trimtab.environments.toy import PointEnvironment
@@ -175,11 +175,9 @@ def test_networks_show_in_the_method() -> None:
     a, b = find("ppo")(), find("ppo")(hidden=(32,), activation="relu")
     assert {path for path, _, _ in diff(a, b)} == {"network policy.hidden", "network policy.activation"}
     assert a.fingerprint() != b.fingerprint()
-    with pytest.raises(MethodError, match="was set"):
-        from trimtab.core.method import authored_by
-
-        with authored_by("other", frozenset()):
-            b.but(networks={"policy": Network("actor_critic", (8,), "relu", b.networks["policy"].options)})
+    other = Network("actor_critic", (8,), "relu", b.networks["policy"].options)
+    with authored_by("other", frozenset()), pytest.raises(MethodError, match="was set"):
+        b.but(networks={"policy": other})
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,11 @@ def test_mask_used_for_keep_is_caught_by_the_twin(monkeypatch: pytest.MonkeyPatc
         check_keep()
 
 
-def test_a_swapped_sign_is_caught_by_law_5_and_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swapped_sign_is_caught_by_law_5_and_the_twin() -> None:
     entry = table()["spike:bapo"]
     checks.check_surrogate(entry)
-    minimum = torch.minimum
-    monkeypatch.setattr(surrogate_module.torch, "minimum", lambda a, b: -minimum(a, b))
+    method = entry.build()
+    shape = method.get("surrogate.shape")
+    turned = method.swap("surrogate.shape", replace(shape, fn=lambda *a, **options: -shape.fn(*a, **options)))
     with pytest.raises(AssertionError, match="on-policy gradient"):
-        checks.check_surrogate(entry)
+        checks.check_surrogate(replace(entry, build=lambda: turned))

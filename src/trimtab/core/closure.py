@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
-from trimtab.core.kit import Kit, version
+from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
@@ -122,7 +122,8 @@ class Closure:
                     grads = new
             grads = grads or [torch.zeros_like(p) for p in mine]  # every row was skipped: exactly zero
             self._short = False
-            reported = {n: v / weighed[n].clamp_min(1e-30) if n in weighed else v for n, v in sums.items()}
+            floor = {id(w): w.clamp_min(1e-30) for w in weighed.values()}
+            reported = {n: v / floor[id(weighed[n])] if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, [name for name in sums if name not in weighed])
@@ -233,7 +234,7 @@ class Closure:
         ready, self._ready = self._ready, None
         if ready is not None and rows is self.batch and ready[0] == self._version():
             return ready[1]  # the forward that prepared the update-scope parts
-        ahead = self.kit.taken_ahead(self.track.trains, rows, self.wants)
+        ahead = None if self._replaced else self.kit.taken_ahead(self.track.trains, rows, self.wants)
         if ahead is not None:
             return ahead  # the forward that an update-scope piece wanted
         model: Any = self.model
@@ -244,7 +245,8 @@ class Closure:
         return self._back[0]
 
     def _version(self) -> int:
-        return version(self.model)
+        """Changes whenever a trained parameter is written or replaced."""
+        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""

@@ -47,11 +47,6 @@ class Own(MutableMapping[str, Any]):
         return len(self._piece.state)
 
 
-def version(model: nn.Module) -> int:
-    """Changes whenever a parameter is written or replaced."""
-    return hash(tuple((id(p), p._version) for p in model.parameters()))
-
-
 class Kit:
     """Handed to every piece.
 
@@ -63,7 +58,7 @@ class Kit:
     def __init__(self, state: State, method: Any, memory: int | None, debug: bool) -> None:
         self._tree = state
         self._once: dict[int, Any] = {}
-        self._ahead: dict[str, tuple[int, dict[str, Any], dict[str, Tensor]]] = {}
+        self._ahead: dict[str, tuple[list[tuple[Tensor, int]], dict[str, Any], dict[str, Tensor]]] = {}
         self._logs: list[tuple[str, Any]] = []
         self.method, self.memory, self.debug = method, memory, debug
         self.models: Mapping[str, nn.Module] = state.lookup()
@@ -198,17 +193,16 @@ class Kit:
         with phase("evaluate"), torch.enable_grad():
             count_rows(plain)
             made = model.evaluate(plain, want)
-        self._ahead[name] = (version(model), dict(plain.columns), made)
+        self._ahead[name] = ([(p, p._version) for p in model.parameters()], dict(plain.columns), made)
         return {k: v.detach() for k, v in made.items()}
 
     def taken_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> dict[str, Tensor] | None:
         """What `evaluate_ahead` kept, with its graph, once: of these parameters and, column by column, these rows."""
-        kept = self._ahead.pop(name, None)
-        if kept is None or kept[0] != version(self.models[name]):
+        if name not in self._ahead:
             return None
-        if any(batch.columns.get(k) is not v for k, v in kept[1].items()):
-            return None
-        return kept[2] if want <= kept[2].keys() else None
+        parameters, columns, made = self._ahead.pop(name)
+        same = all(p._version == v for p, v in parameters) and all(batch.columns.get(k) is v for k, v in columns.items())
+        return made if same and want <= made.keys() else None
 
     # -- running pieces -----------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -22,7 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab.core import chunks
 from trimtab.core.batch import Batch
+from trimtab.core.chunks import AppendOnly, _digest, _sync
 from trimtab.core.copies import Kept
 from trimtab.core.disk import writing
 from trimtab.core.errors import CheckpointError, DiskError
@@ -143,7 +145,7 @@ class State:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, Batch):
+    if isinstance(value, (Batch, AppendOnly)):
         return value
     if hasattr(value, "state_dict"):
         return _plain(value.state_dict())
@@ -157,6 +159,8 @@ def _plain(value: Any) -> Any:
 def _restore(target: Any, saved: Any, path: str) -> Any:
     if isinstance(target, Batch) or isinstance(saved, Batch):
         return saved
+    if isinstance(target, AppendOnly):
+        return _regrown(target, saved, path)
     if isinstance(target, torch.Generator):
         target.set_state(saved)
         return target
@@ -176,27 +180,42 @@ def _restore(target: Any, saved: Any, path: str) -> Any:
     return saved
 
 
+def _regrown(target: AppendOnly, saved: Any, path: str) -> AppendOnly:
+    if isinstance(saved, AppendOnly):  # of a live tree
+        saved = {"about": saved.about(), "rows": saved.between(saved.first, saved.total), "saved": saved.saved}
+    try:
+        target.restore(saved["about"], saved["rows"])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise CheckpointError(f"the saved {path} does not fit this run: {e}") from e
+    target.saved = list(saved["saved"])
+    return target
+
+
 # -- files ------------------------------------------------------------------------------------------------------
 
 
 _NOT_SAVED = (torch.complex128,)  # safetensors has no such type
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """JSON for the tree; tensors go to the side, exact types survive."""
+def _encode(value: Any, tensors: dict[str, Tensor], path: str, files: bool = False) -> Any:
+    """JSON for the tree; tensors go to the side, exact types survive. files: name the files of what grows."""
     if path in tensors:  # keys 1 and "1", or "a/b" and b below a
         path = f"{path}#{len(tensors)}"
     if isinstance(value, Tensor) and value.dtype not in _NOT_SAVED:
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"$tensor": path}
     if isinstance(value, Batch):
-        return {"$batch": _encode(value.columns, tensors, path)}
+        return {"$batch": _encode(value.columns, tensors, path, files)}
+    if isinstance(value, AppendOnly):
+        held = {"saved": value.saved} if files and value.saved else {"rows": value.between(value.first, value.total)}
+        return {"$grown": _encode({"about": value.about(), "first": value.first, **held}, tensors, path)}
     if isinstance(value, Mapping):
-        return {"$dict": [[_encode(k, tensors, ""), _encode(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
+        made = ((_encode(k, tensors, ""), _encode(v, tensors, f"{path}/{k}", files)) for k, v in value.items())
+        return {"$dict": [list(pair) for pair in made]}
     if isinstance(value, tuple):
-        return {"$tuple": [_encode(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
+        return {"$tuple": [_encode(v, tensors, f"{path}/{i}", files) for i, v in enumerate(value)]}
     if isinstance(value, list):
-        return [_encode(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+        return [_encode(v, tensors, f"{path}/{i}", files) for i, v in enumerate(value)]
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.isnative:
         tensors[path] = torch.from_numpy(np.array(value, order="C"))
         return {"$numpy" if isinstance(value, np.ndarray) else "$scalar": path}
@@ -208,18 +227,22 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     )
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, Tensor], folder: Path = Path()) -> Any:
     if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
+        return [_decode(v, tensors, folder) for v in value]
     if not isinstance(value, dict):
         return value
     ((kind, inside),) = value.items()
     if kind == "$dict":
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in inside}
+        return {_decode(k, tensors): _decode(v, tensors, folder) for k, v in inside}
     if kind == "$batch":
         return Batch(_decode(inside, tensors))
+    if kind == "$grown":
+        made = _decode(inside, tensors)
+        rows = chunks.read(made["saved"], made["first"], folder) if "saved" in made else made["rows"]
+        return {"about": made["about"], "rows": rows, "saved": made.get("saved", [])}
     if kind == "$tuple":
-        return tuple(_decode(v, tensors) for v in inside)
+        return tuple(_decode(v, tensors, folder) for v in inside)
     # A fresh allocation: a view into the file may be unaligned, and then a batch-1 linear rounds differently.
     fresh = torch.empty_like(tensors[inside]).copy_(tensors[inside])
     if kind == "$scalar":
@@ -252,7 +275,11 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
     final = folder / f"turn-{state.clock.turns:08d}"
     work = folder / f".writing-{final.name}"
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_encode(state.tree(), tensors, ""))
+    grown = _grown(state.pieces)
+    with writing(folder / chunks.PLACE):
+        for one in grown:
+            chunks.write(one, folder)
+    tree = json.dumps(_encode(state.tree(), tensors, "", files=True))
     needed = sum(t.nbytes for t in tensors.values()) + len(tree)
     with writing(final, needed):
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,10 +297,17 @@ def save(state: State, folder: str | Path, *, keep: int = 2) -> Path:
             shutil.rmtree(replaced, ignore_errors=True)
             for old in [c for c in checkpoints(folder) if c != final][: -keep + 1 or None]:
                 shutil.rmtree(old.rename(folder / f".writing-gone-{old.name}"))
+            if grown:
+                chunks.prune(folder, [name for c in checkpoints(folder) for name in _manifest(c).get("chunks", [])])
     except DiskError:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return final
+
+
+def _grown(pieces: Mapping[str, Any]) -> list[AppendOnly]:
+    """The state that grows at its end, of all pieces."""
+    return [value for value in pieces.values() if isinstance(value, AppendOnly)]
 
 
 def _write(work: Path, state: State, tensors: dict[str, Tensor], tree: str) -> None:
@@ -289,6 +323,7 @@ def _write(work: Path, state: State, tensors: dict[str, Tensor], tree: str) -> N
         "clock": state.clock.counts(),
         "here": here(),
         "digests": digests,
+        "chunks": [name for grown in _grown(state.pieces) for *_, name in grown.saved],
     }
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in work.iterdir():
@@ -307,6 +342,16 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return [complete[name] for name in sorted(complete)]
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        made: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    except ValueError as e:
+        raise CheckpointError(
+            f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on from the checkpoint before it."
+        ) from e
+    return made
+
+
 def load(state: State, path: str | Path) -> list[str]:
     """Put a checkpoint (or the newest one below a folder) into `state`; returns what differs from where it was made.
 
@@ -319,12 +364,7 @@ def load(state: State, path: str | Path) -> list[str]:
         if not found:
             raise CheckpointError(f"there is no complete checkpoint in {path}")
         path = found[-1]
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except ValueError as e:
-        raise CheckpointError(
-            f"{path / 'manifest.json'} is damaged: {e}. Delete that folder to go on from the checkpoint before it."
-        ) from e
+    manifest = _manifest(path)
     missing = [k for k in _MANIFEST if not isinstance(manifest, dict) or k not in manifest]
     if missing:
         raise CheckpointError(
@@ -348,23 +388,10 @@ def load(state: State, path: str | Path) -> list[str]:
             f"{state.method} ({state.fingerprint}). Resume with the same method and options."
         )
     tensors = load_file(path / "tensors.safetensors")
-    state.load(_decode(json.loads((path / "state.json").read_text()), tensors))
+    state.load(_decode(json.loads((path / "state.json").read_text()), tensors, path.parent))
     now = here()
     return [
         f"{k} was {v} when this checkpoint was written and is {now[k]} here; results may differ in rounding"
         for k, v in manifest["here"].items()
         if now[k] != v
     ]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

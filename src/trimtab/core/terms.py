@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,12 +103,17 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
     every = some_of(batch, options["rows"]) is None
     keep = mask_of(batch)
     if every and options["per"] == "token" and batch.same("keep" if "keep" in batch.columns else "mask") == 1:
-        # The same weight everywhere is held once.
-        return torch.full((), 1 / keep.numel(), dtype=dtype, device=keep.device).expand(2, *keep.shape)
+        return _even(keep.shape[0], keep.shape[1], dtype, keep.device)
     chosen = rows_of(batch, options["rows"])
     m = keep.to(dtype) * chosen[:, None]
     token = m / m.sum().clamp_min(1)
     return torch.stack([token if options["per"] == "token" else _weights(batch, options["per"], m, chosen), token])
+
+
+@lru_cache(maxsize=64)
+def _even(n: int, t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same weight for every decision, `[2, n, t]`, held once."""
+    return torch.full((), 1 / (n * t), dtype=dtype, device=device).expand(2, n, t)
 
 
 def _weights(batch: Batch, per: Any, m: Tensor, chosen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fully connected layers on a CPU: the same product by the faster library, in float32 or with bfloat16 factors.
+"""Fully connected layers on a CPU: the same products by the faster library, in float32 or with bfloat16 factors.
 
 MKL, which torch uses for float32 products, leaves the 512-bit units of AMD's processors idle; oneDNN, which torch has
 too, does not. A product of 256 x 256 by 256 x 256 takes half the time and has the same error.
@@ -7,6 +7,7 @@ too, does not. A product of 256 x 256 by 256 x 256 takes half the time and has t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,103 +17,6 @@ from torch import Tensor, nn
 MATMULS = ("float32", "bfloat16")  # what the factors of the products between hidden layers are
 SMALLEST, WORK = 9, 2**19  # below, MKL is faster: the smallest of the three sizes, and their product
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _worth(rows: int, inputs: int, outputs: int) -> bool:
-    return min(rows, inputs, outputs) >= SMALLEST and rows * inputs * outputs >= WORK
-
-
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this layer is one that oneDNN does faster."""
-    outputs, inputs = weight.shape[-2:]
-    return (
-        _ONEDNN
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and _worth(x.shape[-2] if weight.dim() == 3 else x.numel() // inputs, inputs, outputs)
-    )
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b^T + bias` of float32 matrices `[R, K]` and `[C, K]`, by the faster library; not differentiable."""
-    if _worth(a.shape[0], a.shape[1], b.shape[0]):
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-        return made
-    return F.linear(a, b, bias)
-
-
-class _Dense(torch.autograd.Function):
-    """`x W^T + b` for one layer, x `[R, I]`, or for E at once, W `[E, O, I]`, b `[E, O]`, x `[E, R, I]` or `[R, I]`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        into_x, into_weight, into_bias = ctx.needs_input_grad
-        by = torch.matmul if torch.is_grad_enabled() else _by  # differentiated twice: torch's own products
-        dx = by(grad, weight) if into_x else None
-        if dx is not None and dx.dim() > x.dim():  # every layer read the same input
-            dx = dx.sum(0)
-        dw = by(grad.mT, x) if into_weight else None
-        return dx, dw, grad.sum(-2) if into_bias else None
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if weight.dim() == 2:
-        return product(x, weight, bias)
-    inputs = x.unbind() if x.dim() == 3 else [x] * len(weight)
-    return torch.stack([product(*one) for one in zip(inputs, weight.unbind(), bias.unbind())])
-
-
-def _by(a: Tensor, b: Tensor) -> Tensor:
-    """`a b`, of matrices or of stacks of them."""
-    if a.dim() == 2:
-        return product(a, b.t())
-    factors = b.unbind() if b.dim() == 3 else [b] * len(a)
-    return torch.stack([product(one, other.t()) for one, other in zip(a.unbind(), factors)])
-
-
-def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x W^T + b`: `[..., I] -> [..., O]`; with W `[E, O, I]` and b `[E, O]`, `[R, I]` or `[E, R, I] -> [E, R, O]`."""
-    stacked = weight.dim() == 3
-    if not _suits(x, weight):
-        if not stacked:
-            return F.linear(x, weight, bias)
-        wide = x if x.dim() == 3 else x.expand(len(weight), *x.shape)
-        return torch.baddbmm(bias[:, None], wide, weight.mT)
-    rows = x if stacked or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    made: Tensor = _Dense.apply(rows, weight, bias) if torch.is_grad_enabled() else _forward(rows, weight, bias)
-    return made if rows is x else made.unflatten(0, x.shape[:-1])
-
-
-def half_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`dense` with all factors rounded to bfloat16, whose result it is; sums are made in float32 by the library."""
-    x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
-    return F.linear(x, weight, bias) if weight.dim() == 2 else torch.baddbmm(bias[:, None], x, weight.mT)
-
-
-def layers(x: Tensor, stack: Any, activation: Any, matmul: str) -> Tensor:
-    """Through every layer of `stack` (each has `weight` and `bias`), the activation after all but the last.
-
-    matmul: "bfloat16" rounds the factors of the products between hidden layers, which are nearly all the work; the
-    first layer reads observations and the last one gives numbers that are compared, so both stay in float32.
-    """
-    first, *between = stack
-    x = dense(x, first.weight, first.bias)
-    for layer in between:
-        x = activation(x)
-        inner = matmul == "bfloat16" and layer is not between[-1] and x.shape[-2] >= SMALLEST
-        x = half_dense(x, layer.weight, layer.bias) if inner else dense(x.to(layer.weight.dtype), *_of(layer))
-    return x
-
-
-def _of(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.weight, layer.bias
 
 
 class StackedLayer(nn.Module):
@@ -128,3 +32,138 @@ class StackedLayer(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+
+def layers(x: Tensor, stack: Sequence[Any], activation: Callable[[Tensor], Tensor], matmul: str) -> Tensor:
+    """Through every layer of `stack`, the activation after all but the last: `[..., I] -> [..., O]`.
+
+    A layer has a `weight` `[O, I]` and a `bias` `[O]`; or `[E, O, I]` and `[E, O]`, and then x is `[R, I]` and the
+    result `[E, R, O]`. matmul: "bfloat16" rounds the factors of the products between hidden layers, which are nearly all
+    the work; the first layer reads observations and the last one gives numbers that are compared: both stay in float32.
+    A few rows alone (an actor's decisions) are not rounded: there is nothing to gain.
+    """
+    held = [p for layer in stack for p in (layer.weight, layer.bias)]
+    rows = x.numel() // x.shape[-1]
+    half = matmul == "bfloat16" and rows >= SMALLEST
+    if activation is torch.relu and _suits(x, rows, held[::2]):
+        flat = (x if x.dim() == 2 else x.reshape(rows, -1)).contiguous()  # see `_product`
+        made: Tensor = _Relu.apply(flat, half, *held) if torch.is_grad_enabled() else _forward(flat, half, held)[0]
+        return made if x.dim() == 2 else made.unflatten(-2, x.shape[:-1])
+    return _plain(x, half, held, activation)
+
+
+def _suits(x: Tensor, rows: int, weights: list[Tensor]) -> bool:
+    """Whether one of these layers is worth oneDNN."""
+    if not _ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return any(_worth(rows, *w.shape[-2:]) for w in weights)
+
+
+def _worth(rows: int, inputs: int, outputs: int) -> bool:
+    return min(rows, inputs, outputs) >= SMALLEST and rows * inputs * outputs >= WORK
+
+
+def _plain(x: Tensor, half: bool, held: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The layers by torch's own products."""
+    last = len(held) // 2 - 1
+    for i in range(last + 1):
+        weight, bias = held[2 * i], held[2 * i + 1]
+        kind = torch.bfloat16 if half and 0 < i < last else weight.dtype
+        x, weight, bias = x.to(kind), weight.to(kind), bias.to(kind)
+        if weight.dim() == 2:
+            x = F.linear(x, weight, bias)
+        else:
+            x = torch.baddbmm(bias[:, None], x if x.dim() == 3 else x.expand(len(weight), *x.shape), weight.mT)
+        x = x if i == last else activation(x)
+    return x
+
+
+# -- layers with ReLU between them, as one step of the gradient --------------------------------------------------
+
+
+class _Relu(torch.autograd.Function):
+    """`_plain` with ReLU. Arguments: x `[R, I]`, half, and weight and bias of each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half: bool, *held: Tensor) -> Tensor:
+        made, hidden = _forward(x, half, held)
+        ctx.half, ctx.count = half, len(held)
+        ctx.save_for_backward(x, *held, *hidden)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        held, hidden = saved[: ctx.count], saved[ctx.count :]
+        into_x, into_held = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        if torch.is_grad_enabled():  # it will be differentiated again: by torch's own products
+            of = [x] * into_x + held * into_held
+            found = list(torch.autograd.grad(_plain(x, ctx.half, held, torch.relu), of, grads, create_graph=True))
+            dx = found.pop(0) if into_x else None
+            return dx, None, *(found or [None] * len(held))
+        stacked, (grad,) = held[0].dim() == 3, grads
+        count = len(held[0]) if stacked else 1
+        each = list(zip(*(p.unbind() for p in held))) if stacked else [tuple(held)]
+        depth = len(held) // 2 - 1
+        made = []
+        for e in range(count):
+            past = [x, *hidden[e * depth : (e + 1) * depth]]
+            made.append(_backward(grad[e] if stacked else grad, past, each[e], ctx.half, into_x, into_held))
+        dx = sum(dx for dx, _ in made) if into_x else None  # type: ignore[misc]
+        if not into_held:
+            return dx, None, *[None] * len(held)
+        return dx, None, *(torch.stack(p) if stacked else p[0] for p in zip(*(found for _, found in made)))
+
+
+def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and what the hidden layers gave, member by member."""
+    stacked, last = held[0].dim() == 3, len(held) // 2 - 1
+    members = list(zip(*(p.unbind() for p in held))) if stacked else [tuple(held)]
+    made, hidden = [], []
+    for member in members:
+        y = x
+        for i in range(last + 1):
+            factors = y, member[2 * i], member[2 * i + 1]
+            if half and 0 < i:
+                kind = torch.bfloat16 if i < last else torch.float32
+                factors = y.to(kind), factors[1].to(kind), factors[2].to(kind)
+            y = _product(*factors, i < last)
+            if i < last:
+                hidden.append(y)
+        made.append(y)
+    return (torch.stack(made) if stacked else made[0]), hidden
+
+
+def _backward(
+    grad: Tensor, past: list[Tensor], held: Sequence[Tensor], half: bool, into_x: bool, into_held: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of one member's input, and of its weights and biases; past: what each layer read."""
+    found: list[Tensor] = []
+    last, grad = len(past) - 1, grad.contiguous()
+    for i in range(last, -1, -1):
+        read, weight = past[i], held[2 * i]
+        if half:
+            kind = torch.bfloat16 if 0 < i < last else torch.float32
+            grad, read, weight = grad.to(kind), read.to(kind), weight.to(kind)
+        if into_held:
+            found = [_product(grad.t(), read.t()).float(), grad.sum(0, dtype=torch.float32), *found]
+        if i or into_x:
+            grad = _product(grad, weight.t())
+        if i:
+            grad = torch.ops.aten.threshold_backward(grad, read, 0)
+    return (grad if into_x else None), found
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """`a b^T + bias` of matrices `[R, K]` and `[C, K]`, with ReLU or without, by the faster library.
+
+    Factors of bfloat16 give a result of bfloat16; the products are summed in float32. The rows of a matrix, or its
+    columns, must follow each other in memory: of a view with gaps oneDNN makes products a hundred times slower.
+    """
+    if a.dtype == torch.bfloat16 and bias is None:
+        return a @ b.t()
+    if a.dtype == torch.bfloat16 or _worth(a.shape[0], a.shape[1], b.shape[0]):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
+        return made
+    made = F.linear(a, b, bias)
+    return made.relu_() if relu else made

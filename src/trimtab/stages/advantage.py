@@ -84,7 +84,12 @@ def gae(batch: Batch, *, gamma: float = 0.99, lam: float = 0.95, truncation: str
     return batch.put(advantage=advantage, value_target=advantage + batch["value"])
 
 
-@piece("credit", slot="normalised", at="update", reads=("advantage", "keep", "mask"), writes=("advantage",))
+def _sane_eps(options: Mapping[str, Any]) -> str | None:
+    return None if options["eps"] > 0 else f"eps={options['eps']} must be above 0: equal advantages have no deviation"
+
+
+@piece("credit", slot="normalised", at="update", reads=("advantage", "keep", "mask"), writes=("advantage",),
+       validate=_sane_eps)  # fmt: skip
 def normalised(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 1e-8) -> Batch:
     """`A <- (A - mean) / (std + eps)` over the decisions of this update that may learn; std with ddof 1.
 
@@ -92,10 +97,11 @@ def normalised(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 1e-8) ->
     """
     advantage, every = batch["advantage"], batch.same("keep" if "keep" in batch else "mask") == 1
     keep = None if every else mask_of(batch).bool()
-    chosen = advantage if every else advantage[keep]
+    chosen = advantage if keep is None else advantage[keep]
     if chosen.numel() < 2:
         return batch.put(advantage=torch.zeros_like(advantage))
-    first = chosen.flatten()[0]  # deviations from one of them: equal ones give exactly 0, whatever their size
+    # Deviations from one of them: equal ones give exactly 0, whatever their size.
+    first = chosen.flatten()[0]
     std, mean = torch.std_mean(chosen - first)
-    made = (advantage - (first + mean)) / (std + eps) if std > 0 else torch.zeros_like(advantage)
-    return batch.put(advantage=made if every else torch.where(keep, made, 0.0))
+    made = (advantage - first - mean) / (std + eps)
+    return batch.put(advantage=made if keep is None else torch.where(keep, made, 0.0))

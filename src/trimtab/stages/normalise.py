@@ -94,7 +94,7 @@ def obs_moments(kit: Kit, options: Mapping[str, Any]) -> Moments:
     space = kit.environment.observation_space
     if type(space).__name__ != "Box":
         raise MethodError(
-            f"normalised_obs: observations of {space} are no measurements, so they have no mean; set normalise_obs=False"
+            f"normalised_obs: observations of {space} are no measurements and have no mean; set normalise_obs=False"
         )
     return Moments(tuple(space.shape))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.batch import Batch
+from trimtab.core.chunks import AppendOnly, Saved
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
 from trimtab.core.terms import SOURCES
@@ -18,15 +19,17 @@ from trimtab.stages.steps import finished
 COLUMNS = ("obs", "action", "next_obs", "reward", "terminated", "truncated")
 
 
-class Ring:
-    """The last `capacity` transitions, one packed row of numbers each: `obs | action | next_obs | reward | ended | cut`.
+class Ring(AppendOnly):
+    """The last `capacity` transitions, a packed row of numbers each: `obs | action | next_obs | reward | ended | cut`.
 
     Row k of the run, counted from 0, stands in place `k mod capacity`; `total` rows were ever put in. Numbered actions
-    and flags are kept in the observations' floating-point type, which holds them exactly.
+    and flags are kept in the observations' floating-point type, which holds them exactly. Checkpoints share the files
+    that hold its rows (`core.chunks`).
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.total = capacity, 0
+        self.saved: Saved = []
         self.rows = torch.zeros(0, 0)
         self._shapes: list[tuple[int, ...]] = []
         self._cuts: list[int] = []
@@ -64,24 +67,23 @@ class Ring:
         return {**made, "terminated": made["terminated"] != 0, "truncated": made["truncated"] != 0}
 
     # -- state ---------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        """What is in the ring, oldest first."""
-        order = torch.arange(self.total - len(self), self.total) % max(1, self.capacity)
-        return {
-            "total": self.total,
-            "rows": self.rows[order] if self._shapes else self.rows,
-            "shapes": [list(shape) for shape in self._shapes],
-            "numbered": self._numbered,
-        }
+    @property
+    def first(self) -> int:
+        return self.total - len(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back where it was."""
-        self.total, rows = state["total"], state["rows"]
+    def between(self, start: int, stop: int) -> Tensor:
+        return self.rows[torch.arange(start, stop) % self.capacity]
+
+    def about(self) -> dict[str, Any]:
+        return {"total": self.total, "shapes": [list(s) for s in self._shapes], "numbered": self._numbered}
+
+    def restore(self, about: Mapping[str, Any], rows: Tensor) -> None:
+        """Put rows back where they were. Raises ValueError when there are more than fit."""
+        self.total = about["total"]
         if len(rows) > self.capacity:
             raise ValueError(f"it holds {len(rows)} transitions, and capacity is {self.capacity}")
-        shapes = [tuple(shape) for shape in state["shapes"]]
-        if shapes:
-            self._begin(shapes, state["numbered"], rows.dtype)
+        if about["shapes"]:
+            self._begin([tuple(shape) for shape in about["shapes"]], about["numbered"], rows.dtype)
             self.rows[torch.arange(self.total - len(rows), self.total) % self.capacity] = rows
 
 

@@ -6,6 +6,7 @@ swaps that part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -88,14 +89,6 @@ def score_function(batch: Batch, now: Now, advantage: Tensor, ratio: None, bound
     return -advantage * now["logp"]
 
 
-def _alike(bound: Bound, ratio: Tensor) -> tuple[Any, Any]:
-    """Both limits as numbers, or both as tensors: what `clamp` takes."""
-    if isinstance(bound.low, Tensor) or isinstance(bound.high, Tensor):
-        low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in bound)
-        return low, high
-    return bound.low, bound.high
-
-
 def _dual_sane(options: Mapping[str, Any]) -> str | None:
     dual = options["dual"]
     return None if dual is None or dual > 1 else f"dual={dual} must be above 1: it holds ratios that are too large"
@@ -112,7 +105,10 @@ def pessimistic(
     if bound is None:
         value = -ratio * advantage
     else:
-        value = -torch.minimum(ratio * advantage, ratio.clamp(*_alike(bound, ratio)) * advantage)
+        # min(r A, clip(r) A) is A times r held from above where A > 0 and from below where A < 0.
+        below = torch.where(advantage < 0, bound.low, -math.inf)
+        above = torch.where(advantage > 0, bound.high, math.inf)
+        value = ratio.clamp(below, above) * -advantage
     return value if dual is None else torch.where(advantage < 0, value.clamp(max=-dual * advantage), value)
 
 
@@ -163,8 +159,8 @@ def surrogate(
     terms = [Term(value, "surrogate")]
     with torch.no_grad():
         if b is not None and r is not None:
-            terms.append(Term(((advantage > 0) & (r > b.high)).to(value.dtype), "clip_high", metric=True))
-            terms.append(Term(((advantage < 0) & (r < b.low)).to(value.dtype), "clip_low", metric=True))
+            terms.append(Term((advantage > 0) & (r > b.high), "clip_high", metric=True))
+            terms.append(Term((advantage < 0) & (r < b.low), "clip_low", metric=True))
         if "logp_behavior" in batch:
             # Unguarded: `logp_old` is looked at where another piece asked for it, and is no need of this one.
             gap = (old_logp(batch.guarded(None), now) - batch.logp_behavior).abs()
