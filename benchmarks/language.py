@@ -80,6 +80,15 @@ def works() -> list[Work]:
 
 
 PLAIN = "transformers forward and backward"
+TASK = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
+
+
+IN_THE_WAY = (
+    "Only products and attention are counted, so what is missing to 100% is everything else: norms, rotations, softmax "
+    "and casts, which read and write as much as the products at this width (576); attention, whose products are small; "
+    "a rank-16 adapter, whose products are thin; and in decoding some twenty kernels a layer and step, each of "
+    "microseconds, and the draw from 49,152 probabilities a row."
+)
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -125,6 +134,18 @@ def row(
         "failed": failed, "beside": others, "busy": others["busy"],
         "versions": {side: next((m["versions"] for m in made if "versions" in m), {}) for side, made in seen.items()},
     }  # fmt: skip
+
+
+def phases(given: argparse.Namespace) -> dict[str, Any]:
+    """Where the time of the GRPO step goes, by `trimtab profile` in a process of its own."""
+    sizes = (2, 2, 4) if given.quick else (8, 8, 16)
+    names = ("collect.prompts", "collect.group", "collect.new_tokens")
+    words = [sys.executable, "-m", "trimtab.cli", "profile", "grpo", "--policy", "smollm2", "--lora", "16", "--json",
+             "--env", TASK, "--threads", str(given.threads)]  # fmt: skip
+    words += [part for name, size in zip(names, sizes) for part in ("--set", f"{name}={size}")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made
 
 
 # -- showing -------------------------------------------------------------------------------------------------------
@@ -177,7 +198,28 @@ def page(results: dict[str, Any]) -> str:
         lines.append(
             f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {note} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *(shares(results["phases"]) if "phases" in results else []), ""])
+
+
+def shares(found: dict[str, Any]) -> list[str]:
+    """The phases of a step beside what the machine can do."""
+    machine, tokens = found["machine"], found["tokens_a_turn"]
+    lines = [
+        "",
+        "## Where a step's time goes",
+        "",
+        f"`{found['command']}`: {tokens['response']:.0f} response tokens a turn (rows may end early). The machine: "
+        f"{machine['gflops']:.0f} GFLOP/s in a large bfloat16 product, {machine['gbps']:.0f} GB/s in a large copy."
+        + (" Other work ran beside it." if found["busy"] else ""),
+        "",
+        "| phase | seconds | share | of the product rate | of the copy rate |",
+        "|---|---|---|---|---|",
+    ]
+    for line in found["phases"]:
+        rates = ["-" if line[rate] is None else f"{line[rate] / machine[rate]:.0%}" for rate in ("gflops", "gbps")]
+        name = "&nbsp;&nbsp;" * (len(line["path"]) - 1) + line["path"][-1]
+        lines.append(f"| {name} | {line['seconds']:.3f} | {line['share']:.0%} | {rates[0]} | {rates[1]} |")
+    return [*lines, "", IN_THE_WAY]
 
 
 def said(value: float | None, metric: str, per: float) -> str:
@@ -218,7 +260,17 @@ def main() -> None:
     written = given.out / "results.json"
     old = json.loads(written.read_text())["rows"] if written.exists() else []
     rows = {(r["work"], r["peer"], r["metric"]): r for r in old}
+    found = json.loads(written.read_text()).get("phases") if written.exists() else None
+    if (given.again or found is None) and given.only in "phases":
+        found = phases(given)
     order = {w.name + w.peer: i for i, w in enumerate(works())}
+
+    def write() -> None:
+        listed = sorted(rows.values(), key=lambda r: order.get(r["work"] + r["peer"], len(order)))
+        base = {"machine": machine_words(given.threads), "rounds": given.rounds, "quick": given.quick}
+        publish(given.out, {**base, "rows": listed} | ({"phases": found} if found else {}))
+
+    write()
     for work in works():
         done = not given.again and any(key[:2] == (work.name, work.peer) for key in rows)
         if given.only not in work.name or done:
@@ -226,9 +278,7 @@ def main() -> None:
         for r in measured(work, given, folder):
             rows[r["work"], r["peer"], r["metric"]] = r
             print(f"{r['work']} / {r['peer']}: {r['metric']} {r['ours']} against {r['theirs']}, ratio {r['ratio']}")
-        listed = sorted(rows.values(), key=lambda r: order.get(r["work"] + r["peer"], len(order)))
-        base = {"machine": machine_words(given.threads), "rounds": given.rounds, "quick": given.quick}
-        publish(given.out, {**base, "rows": listed})
+        write()
 
 
 if __name__ == "__main__":

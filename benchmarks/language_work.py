@@ -113,7 +113,8 @@ def ours_step(size: Size) -> Made:
     for path, value in sizes.items():
         method = method.set(path, value)
     with memory() as used:
-        loop = trimtab.run(method, Asked(size["prompts"]), policy(size), until=size["repeats"] + 1)
+        turns = size["repeats"] + 1
+        loop = trimtab.run(method, Asked(size["prompts"]), policy(size), until=turns, memory=size.get("memory"))
         made = timed(lambda: next(loop), size)
     return {**made, **used}
 
@@ -275,6 +276,10 @@ def main() -> None:
         ("theirs", "decode"): theirs_decode,
         ("theirs", "train"): theirs_train,
     }
+    if side == "ours":  # as our command line does
+        from trimtab.machine import keep_freed_memory
+
+        keep_freed_memory()
     made = works[side, work](size)
     print(json.dumps({**made, "versions": versions()}))
 

@@ -224,7 +224,8 @@ def unmoved(environment: Any) -> Iterator[None]:
 
 def answer_length(method: Any) -> int:
     """Length of an evaluated answer: that of the method's rollouts, else 16 tokens."""
-    return int(method.flatten().get("collect.new_tokens", 16))
+    last = method.phases[-1].method if method.phases else method
+    return int(last.flatten().get("collect.new_tokens", 16))
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -39,3 +41,17 @@ def threads_for(small: bool) -> int:
     if asked.isdigit() and int(asked):
         return int(asked)
     return 1 if small else max(1, cores() - round(busy()))
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep freed memory for the next tensor; whether it is one that can (glibc).
+
+    Otherwise every large temporary goes back to the system and its pages are made anew: a seventh of a GRPO step of
+    SmolLM2. For the whole process, so a program decides it, not a library: the command line does.
+    """
+    settings = {-4: 0, -1: 2**31 - 1, -8: 1}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        accepted = [mallopt(name, value) for name, value in settings.items()]
+        return all(accepted)
+    return False

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trimtab import claims
-from trimtab.claims import bapo, bnpo, core, effect, find_claim, rec, show, toys
+from trimtab.claims import aepo, bapo, bnpo, capo, chord, core, d3s, effect, find_claim, hapo, rec, remix, show, toys
 from trimtab.claims.core import Arm, Claim, Part, Study, above, below, measure, recorded, verdict, within, write
 from trimtab.claims.statistics import ClaimError, Effect
 from trimtab.cli import main
@@ -231,6 +231,12 @@ SMALLER: list[tuple[str, Any, dict[str, Any]]] = [
     ("bnpo", bnpo, {"BATCHES": 100, "STARTS": (0, 10), "FROZEN": 5}),
     ("bapo", bapo, {"BATCHES": 2}),
     ("rec", rec, {"STEPS": 20}),
+    ("d3s", d3s, {"UPDATES": 2, "EARLY": 1}),
+    ("chord", chord, {"BATCHES": 2}),
+    ("remix", remix, {"TURNS": 2, "GOAL": 0.0}),
+    ("aepo", aepo, {"BATCHES": 20}),
+    ("hapo", hapo, {"BATCHES": 2}),
+    ("capo", capo, {"BATCHES": 3}),
 ]
 
 
@@ -249,8 +255,12 @@ def test_a_mechanism_runs_small(
         assert all(torch.isfinite(torch.tensor(v)) for v in values.values())
 
 
-@pytest.mark.parametrize("name", ["bnpo", "bapo", "rec"])
+@pytest.mark.parametrize("name", ["bnpo", "bapo", "rec", "d3s", "chord", "remix", "aepo", "hapo", "capo"])
 def test_every_metric_that_a_part_names_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other, module, smaller in SMALLER[3:]:
+        if other == name:
+            for key, value in smaller.items():
+                monkeypatch.setattr(module, key, value)
     monkeypatch.setattr(bnpo, "BATCHES", 400)
     monkeypatch.setattr(bnpo, "FROZEN", 3)
     study = find_claim(name).mechanism
@@ -324,3 +334,39 @@ def test_red_on_fixed_data_goes_to_the_second_best_arm() -> None:
     method = toys.on_toy(find("reinforce")().but(rows=8).set("surrogate.unit", "group"), prompts=400, group=8, lr=0.5)
     next(run(method, environment, policy, until=1))
     assert int(policy.table.argmax()) == 1
+
+
+def test_a_curve_is_published_beside_its_arms() -> None:
+    def measured(method: Method, seed: int) -> dict[str, float]:
+        high = float(method.get("surrogate.bound.high"))
+        return {"x": high, "x@10": high + seed, "x@2": high}
+
+    part = Part("three is enough", "x", "method", "baseline", ("control",), above(1.5), curve="x")
+    study = Study({"baseline": arm(1.0), "method": arm(3.0), "control": arm(2.0)}, (part,), measured, 2)
+    (row,) = measure(Claim("grpo", "", study, study))
+    assert row["arms"]["method"]["curve"] == [[2, 3.0], [10, 3.5]]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_the_success_of_phrases_and_recall_is_that_of_their_draws() -> None:
+    rng = torch.Generator().manual_seed(0)
+    for (environment, policy), success in (
+        (toys.phrase_task(0), toys.phrase_success),
+        (toys.recall_task(0), toys.recall_success),
+    ):
+        method = toys.on_toy(find("reinforce")(), prompts=500, group=8, lr=0.0)
+        step = next(run(method, environment, policy, until=1, seed=0, debug=True))
+        expected = success(policy)  # type: ignore[arg-type]
+        score = step.batch.score()
+        assert abs(float(score.mean()) - expected) < 4 * float(score.std()) / 500**0.5
+        obs = environment.draw(3, rng)
+        assert policy.logits(obs).shape[0] == 3
+    environment, policy = toys.phrase_task(0)
+    method = toys.on_toy(find("reinforce")(), prompts=20, group=8, lr=0.0)
+    batch = next(run(method, environment, policy, until=1, seed=0)).batch
+    lengths = batch.mask.sum(1)
+    assert len(lengths.unique()) > 3
+    for action, mask, length in zip(batch.action, batch.mask, lengths.tolist()):
+        assert mask[:length].all()
+        assert not (action[: length - 1] == 0).any()
+        assert length == 8 or action[length - 1] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,12 +20,12 @@ torch.set_num_threads(1)
 
 def stacked(count: int, *widths: int) -> list[Any]:
     torch.manual_seed(0)
-    return [StackedLayer(count, a, b, torch.float32) for a, b in zip(widths, widths[1:])]
+    return [StackedLayer(count, a, b, torch.float32) for a, b in pairwise(widths)]
 
 
 def single(*widths: int) -> list[Any]:
     torch.manual_seed(0)
-    return [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
+    return [nn.Linear(a, b) for a, b in pairwise(widths)]
 
 
 def held(stack: list[Any]) -> list[Tensor]:

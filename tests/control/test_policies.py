@@ -11,9 +11,10 @@ import torch
 from gymnasium import spaces
 
 from trimtab.core.batch import Batch
+from trimtab.core.edits import authored_by
 from trimtab.core.errors import MethodError
 from trimtab.core.loop import run
-from trimtab.core.method import Method, authored_by, diff
+from trimtab.core.method import Method, diff
 from trimtab.core.network import Network
 from trimtab.core.registry import find
 from trimtab.environments.toy import PointEnvironment

@@ -219,9 +219,11 @@ def test_a_kill_between_chunks_and_checkpoint_loses_nothing(tmp_path: Path, monk
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    advanced(state, method, 2)
+    with monkeypatch.context() as patched:
         patched.setattr(module, "_write", killed)
-        save(advanced(state, method, 2), tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            save(state, tmp_path)
     (tmp_path / "chunks" / ".writing").write_bytes(b"half")
     assert len(list((tmp_path / "chunks").iterdir())) == 3  # a chunk that nobody names, and half of one
     other = started(method, seed=5)

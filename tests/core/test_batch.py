@@ -37,6 +37,16 @@ def ragged() -> tuple[Batch, Batch]:
     return a, b
 
 
+def test_rows_that_lack_a_column_may_be_the_longest() -> None:
+    short = Batch({"mask": torch.ones(2, 2, dtype=torch.bool), "logp": torch.zeros(2, 2), "obs": torch.zeros(2, 3)})
+    long = Batch({"mask": torch.ones(1, 5, dtype=torch.bool)})
+    for pair in ([short, long], [long, short]):
+        joined = Batch.cat(pair)
+        assert joined.mask.shape == joined.logp.shape == (3, 5)
+        assert joined.obs.shape == (3, 3), "what is no sequence of decisions keeps its width"
+        assert int(joined.logp.isnan().sum()) == 5
+
+
 def test_cat_pads_decisions_right_prompts_left_and_fills_what_is_missing() -> None:
     both = Batch.cat(list(ragged()))
     assert both.prompt.tolist() == [[0, 1, 2], [0, 3, 4], [5, 6, 7]]
@@ -46,8 +56,8 @@ def test_cat_pads_decisions_right_prompts_left_and_fills_what_is_missing() -> No
     assert both.terminated.tolist() == [False, False, True]
     assert both.reward[2].isnan().all(), "a reward that was never given must not look like a number"
     assert both.logp[:2].isnan().all()
-    assert both.logp[2].tolist() == [-0.5], "as wide as the batches that have it"
-    assert both.obs.shape == (3, 1, 2)
+    assert both.logp[2].tolist() == [-0.5, 0, 0], "padded like every other decision"
+    assert both.obs.shape == (3, 3, 2)
     assert both.obs[:2].isnan().all()
     assert {n: both[n].dtype for n in ("prompt", "mask", "group", "terminated")} == {
         "prompt": torch.int64, "mask": torch.bool, "group": torch.int64, "terminated": torch.bool,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from trimtab import machine
@@ -22,3 +26,16 @@ def test_threads_follow_the_environment_the_model_and_the_idle_cores(monkeypatch
 def test_busy_is_a_number_of_cores() -> None:
     assert 0 <= machine.busy(0.05) <= 1024
     assert machine.cores() >= 1
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the setting stays until it ends."""
+    code = "from trimtab.machine import keep_freed_memory; print(keep_freed_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str("glibc" in platform.libc_ver())
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    assert machine.keep_freed_memory() is False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.spikes.bapo import balanced, bapo, toy_grpo
-from tests.spikes.chord import chord, d3s, entropy_old
+from tests.spikes.chord import chord, d3s
 from tests.spikes.tokens import mismatched, token_rollouts
 from trimtab.core import registry
 from trimtab.core.check import check
@@ -21,6 +21,7 @@ from trimtab.core.registry import Definition, Neutral, find, method, methods, pa
 from trimtab.core.schedules import linear
 from trimtab.stages.annotate import logp_old
 from trimtab.stages.credit import group_mean, group_normalised, leave_one_out
+from trimtab.stages.downsample import entropy_old
 from trimtab.stages.surrogate import clip, pessimistic, scaled, score_function, surrogate, token_ratio
 from trimtab.stages.terms import kl_penalty, nll
 from trimtab.stages.update import adamw, sgd
@@ -381,7 +382,7 @@ def test_merging_with_neutral_changes_nothing_but_the_name() -> None:
     neutral = rloo(leave_out=False)
     assert neutral.flatten() == reinforce().flatten()
     assert neutral.fingerprint() == reinforce().fingerprint()
-    assert chord(base, mu=0.0, experts=0).get("surrogate.bound") == base.get("surrogate.bound")
+    assert chord(base, mu=0.0, share=0.0).get("surrogate.bound") == base.get("surrogate.bound")
 
 
 # -- definitions -------------------------------------------------------------------------------------------------
@@ -513,7 +514,7 @@ def test_the_fingerprint_changes_with_every_option_and_not_otherwise() -> None:
         known = {
             "surrogate.bound.metric": "ratio", "surrogate.bound.order": "low_first",
             "surrogate.bound.weighting": "none", "surrogate.bound.low": (0.5, 0.6, 0.1),
-            "surrogate.bound.high": (1.5, 1.6, 0.1), "credit.scale": "batch",
+            "surrogate.bound.high": (1.5, 1.6, 0.1), "credit.scale": "batch", "imitation.weight": "none",
         }  # fmt: skip
         other = known.get(path, other)
         prints.add(base.swap(path, other).fingerprint())
@@ -521,7 +522,7 @@ def test_the_fingerprint_changes_with_every_option_and_not_otherwise() -> None:
     assert changed > 20
     assert len(prints) == changed + 1
     others = [base.but(rows=3), base.but(passes=5), base.but(copies={"slow": polyak("policy", 0.1)}),
-              base.set("scaled.by", 0.5), base.set("with_experts.experts", 5), base.wrap("surrogate", scaled(by=1.0)),
+              base.set("scaled.by", 0.5), base.set("with_experts.share", 0.5), base.wrap("surrogate", scaled(by=1.0)),
               base.set("update.lr", linear(0.1, 0.2)), base.drop("imitation")]  # fmt: skip
     assert len({m.fingerprint() for m in others} | prints) == len(prints) + len(others)
 

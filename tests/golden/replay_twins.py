@@ -94,7 +94,10 @@ def least(values: list[Tensor]) -> Tensor:
 
 def sac(batch: Any, before: Params, noise: list[Tensor], update: int, *, delay: int = 1, log: bool = True,
         scale: float = 1.0, spread: str = "tanh", **_: Any) -> Params:  # fmt: skip
-    made, alpha = dict(before), before["temperature"]["log"].exp() if "temperature" in before else torch.tensor(0.2, dtype=torch.float64)
+    made, alpha = (
+        dict(before),
+        before["temperature"]["log"].exp() if "temperature" in before else torch.tensor(0.2, dtype=torch.float64),
+    )
     ours = rows(batch)
     due = update % delay == 0
     shared = noise.pop(0) if delay == 1 else None  # drawn before the target's

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.golden import rec_twin, twins
-from tests.spikes.chord import chord, d3s, widest
-from tests.spikes.tokens import case, token_demonstrations, token_pairs, token_rollouts
+from tests.golden import rec_twin, remix_twin, twins
+from tests.spikes.chord import chord, d3s
+from tests.spikes.tokens import case, graded, token_demonstrations, token_pairs, token_rollouts
 from trimtab.core.loop import run
 from trimtab.core.method import Method
 from trimtab.core.piece import Piece
@@ -45,6 +45,8 @@ BUILT: dict[str, Callable[[], Method]] = {
     "bapo": lambda: find("bapo")(toy(stale())),
     "bnpo": lambda: toy(find("bnpo")(stale())),
     "chord": lambda: chord(toy(stale())),
+    "d3s": lambda: d3s(toy(stale()).wrap("collect", graded()), share=twins.SHARE, tokens=twins.TOKENS),
+    "remix": lambda: find("remix")(toy(find("grpo")()), passes=remix_twin.PASSES),
     "rec": lambda: toy(find("rec")(find("grpo")(passes=rec_twin.PASSES))).set("update.lr", rec_twin.LR),
 }
 
@@ -77,40 +79,3 @@ def test_every_registered_language_method_has_a_twin() -> None:
 @pytest.mark.parametrize("options", [{"per": "row"}, {"kl": 0.3}, {"per": "row", "kl": 0.1}])
 def test_grpo_options_agree_with_the_twin(options: dict[str, Any]) -> None:
     agree("grpo", toy(find("grpo")(passes=twins.PASSES, **options)), twins.grpo, 5, **options)
-
-
-# -- numbers of the cards ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [2, 3, 4, 6])
-def test_d3s_selection_is_the_widest_subset(n: int) -> None:
-    g = torch.Generator().manual_seed(n)
-    for _ in range(20):
-        a = torch.randn(7, generator=g, dtype=torch.float64).round(decimals=1)
-        got = float(a[widest(a, n)].var(correction=0))
-        assert got == pytest.approx(twins.d3s_rows(dict(enumerate(a.tolist())), n))
-
-
-def test_d3s_keeps_what_the_card_keeps() -> None:
-    three, third = 3**0.5, -(3**-0.5)
-    a = torch.tensor([three, third, third, third, 0, 0, 0, 0, 1, 1, -1, -1], dtype=torch.float64)
-    four, six = a[widest(a, 4)], a[widest(a, 6)]
-    assert sorted(four.tolist()) == [-1, -1, 1, three]
-    assert float(four.var(correction=0)) == pytest.approx(1.4665, abs=1e-4)
-    assert sorted(six.tolist()) == [-1, -1, third, 1, 1, three]
-    assert float(six.var(correction=0)) == pytest.approx(1.1852, abs=1e-4)
-
-
-def test_d3s_learns_only_from_kept_tokens() -> None:
-    environment, models = case(3)
-    method = d3s(toy(stale()), share=0.5, tokens=0.5)
-    step = next(run(method, environment, models, until=4))
-    keep, mask = step.batch.keep, step.batch.mask
-    rows = keep.any(1)
-    assert not bool((keep & ~mask).any())
-    assert 0 < int(keep.sum()) < int(mask.sum())
-    assert int(rows.sum()) <= round(0.5 * len(step.batch))
-    key = step.batch.advantage.abs() * step.batch.entropy_old
-    dropped = mask & ~keep & rows[:, None]
-    if bool(dropped.any()):
-        assert float(key[keep].min()) >= float(key[dropped].max()) - 1e-12

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden import rec_twin
+from tests.golden import aepo_twin, capo_twin, hapo_twin, rec_twin, remix_twin
 
 PASSES = 2
 LR = 0.5
@@ -304,6 +304,26 @@ def d3s_rows(a: dict[int, float], n: int) -> float:
     return best
 
 
+SHARE, TOKENS = 0.5, 0.4
+
+
+def d3s_keep(batch: Any, a: dict[int, float], table: Tensor, share: float, tokens: float) -> set[tuple[int, int]]:
+    """The subset of rows of largest variance, by looking at every one; of its tokens the largest |A| H."""
+
+    def variance(chosen: tuple[int, ...]) -> float:
+        mean = sum(a[i] for i in chosen) / len(chosen)
+        return sum((a[i] - mean) ** 2 for i in chosen) / len(chosen)
+
+    rows = max(itertools.combinations(a, max(2, round(share * len(a)))), key=variance)
+    places = [(i, t) for i in rows for t in decisions(batch, i)]
+    places.sort(key=lambda p: -abs(a[p[0]]) * entropy(table, batch, *p))
+    return set(places[: max(1, round(tokens * len(places)))])
+
+
+def d3s(batch: Any, start: Tensor, share: float = SHARE, tokens: float = TOKENS) -> Tensor:
+    return grpo(batch, start, keep=lambda batch, a, table: d3s_keep(batch, a, table, share, tokens))
+
+
 TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "reinforce": reinforce,
     "rloo": rloo,
@@ -317,5 +337,10 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gpg": gpg,
     "dpo": dpo,
     "chord": chord,
+    "d3s": d3s,
+    "remix": lambda batch, start: remix_twin.remix(batch, start),
     "rec": lambda batch, start: rec_twin.rec(batch, start),
+    "aepo": lambda batch, start: aepo_twin.aepo(batch, start, batch),
+    "capo": lambda batch, start: capo_twin.capo(batch, start),
+    "hapo": lambda batch, start: hapo_twin.hapo(batch, start),
 }

@@ -355,3 +355,26 @@ def test_smollm2_greedy_is_generate() -> None:
         given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=12, pad_token_id=policy.fill
     )
     assert rollout.tokens[0][rollout.mask[0]].tolist() == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_most_probable_tokens_are_those_of_the_softmax(temperature: float) -> None:
+    policy = load_policy("nano", dtype="float64")
+    prompts = [policy.encode("3 + 4 ="), policy.encode("a")]
+    rollout = policy.sampler.sample(prompts, 2, torch.arange(4), Sampling(6, temperature))
+    prompt, prompt_mask = pad_left([p for p in prompts for _ in range(2)], policy.fill)
+    batch = Batch({"prompt": prompt, "prompt_mask": prompt_mask, "action": rollout.tokens, "mask": rollout.mask,
+                   "temperature": torch.full((4,), temperature, dtype=torch.float64)})  # fmt: skip
+    now = policy.evaluate(batch, {"topk", "topk_ids", "hidden"})
+    assert set(now) == {"topk", "topk_ids", "hidden"}
+    assert not now["topk"].requires_grad
+    logits = policy.causal.get_output_embeddings()(now["hidden"]) / temperature
+    k = min(50, logits.shape[-1])
+    value, index = logits.log_softmax(-1).topk(k, -1)
+    m = rollout.mask
+    assert torch.equal(now["topk_ids"][m], index[m])
+    torch.testing.assert_close(now["topk"][m], value[m].detach(), atol=1e-12, rtol=0)
+    assert now["topk"].shape == (*m.shape, k)
+    assert now["topk"][~m].abs().sum() == 0
+    empty = policy.evaluate(batch.put(mask=torch.zeros_like(m)), {"topk", "topk_ids"})
+    assert {n: (x.shape, x.dtype) for n, x in empty.items()} == {n: (now[n].shape, now[n].dtype) for n in empty}

@@ -190,10 +190,11 @@ def check_surrogate(entry: Entry) -> None:
             return  # not at the old parameters any more
         looked.append(p)
         weight = closure._weights(batch)[list(closure.losses).index(p)][0]
-        ratio, more = (p.core.options[name] for name in ("ratio", "weight"))
+        ratio, bound, more = (p.core.options[name] for name in ("ratio", "bound", "weight"))
         if more:
             r = ratio(closure.kit, batch, now) if ratio else None
-            weight = weight * more(closure.kit, batch, now, r).detach()
+            b = bound(closure.kit, batch, now, r) if bound else None
+            weight = weight * more(closure.kit, batch, now, r, b).detach()
         plain = -(weight * batch["advantage"] * now["logp"]).sum()
         expected = torch.autograd.grad(plain, list(closure.params.values()), allow_unused=True, materialize_grads=True)
         got = list(alone().grads.values())

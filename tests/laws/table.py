@@ -13,7 +13,7 @@ from tests.spikes import bapo as bapo_spike
 from tests.spikes import chord as chord_spike
 from tests.spikes import tokens
 from trimtab.core.method import Method
-from trimtab.core.registry import Definition, methods
+from trimtab.core.registry import Definition, find, methods
 from trimtab.core.schedules import linear, warmup
 from trimtab.methods.cases import case
 from trimtab.stages.probe import held_out
@@ -76,6 +76,13 @@ def _changed(name: str, how: str, change: Callable[[Method], Method]) -> Entry:
     return Entry(f"{name}, {how}", lambda: change(entry.build()), entry.make)
 
 
+def _given(name: str, **options: Any) -> Entry:
+    """A registered method with other options."""
+    entry, small = _registered(methods()[name])[0], case(methods()[name].case)
+    said = ", ".join(f"{k}={v}" for k, v in options.items())
+    return Entry(f"{name}({said})", lambda: small.shrink(methods()[name](**options)), entry.make)
+
+
 def wrapped(method: Method) -> Method:
     """With a clipped, scheduled update and a probe."""
     made = method.wrap("update", clipped(0.01)).wrap("update", scheduled(warmup(2, linear(1.0, 0.0))))
@@ -94,14 +101,17 @@ def _spike(name: str, build: Build, definition: Definition | None = None) -> Ent
 def table() -> dict[str, Entry]:
     """All entries by name."""
     toy = bapo_spike.toy_grpo
-    bapo, d3s, chord = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord
+    bapo, d3s, chord, remix = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord, find("remix")
     rows = [entry for d in methods().values() for entry in _registered(d)]
+    rows += [_given("remix", reincarnate=1, kl_wait=0)]
     rows += [_changed("grpo", "wrapped", wrapped), _changed("reinforce", "wrapped sgd", lambda m: wrapped(plain(m)))]
     rows += [
         _spike("spike:bapo", lambda: bapo(toy()), bapo),
         _spike("spike:d3s", lambda: d3s(toy()), d3s),
-        _spike("spike:chord", lambda: chord(toy()), chord),
+        _spike("spike:chord", lambda: chord(toy()), find("chord")),
         _spike("spike:chord+d3s+bapo", lambda: chord(d3s(bapo(toy())))),
+        _spike("spike:chord+remix+bapo", lambda: chord(remix(bapo(toy()), reincarnate=1, kl_wait=0))),
+        _spike("spike:remix+chord+d3s", lambda: remix(chord(d3s(toy())), share=0.5, kl_wait=0, entropy=0.01)),
     ]
     for module in _control():
         rows += [Entry(f"spike:{n}", _builder(m), make, m if isinstance(m, Definition) else None)

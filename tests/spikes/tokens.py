@@ -45,7 +45,7 @@ class TokenTask:
 class TableTokens(nn.Module):
     """One table of logits per context and place; token 0 ends a row early with some rows, so lengths differ."""
 
-    provides = frozenset({"logp", "entropy"})
+    provides = frozenset({"logp", "entropy", "hidden", "topk", "topk_ids"})
 
     def __init__(self, task: TokenTask, seed: int = 0) -> None:
         super().__init__()
@@ -64,18 +64,25 @@ class TableTokens(nn.Module):
             made["logp"] = logp.gather(-1, batch.action[..., None])[..., 0] * batch.mask
         if "entropy" in want:
             made["entropy"] = -(logp.exp() * logp).sum(-1) * batch.mask
-        return made
+        if "hidden" in want:  # the table as a linear layer: of one 1 among `contexts x places`
+            place = (batch.prompt * self.logits.shape[1] + torch.arange(length)) * batch.mask
+            width = self.logits.shape[0] * self.logits.shape[1] + length  # beyond the table: padding
+            made["hidden"] = torch.nn.functional.one_hot(place, width).to(logp.dtype) * batch.mask[..., None]
+        if want & {"topk", "topk_ids"}:
+            top = logp.detach().topk(logp.shape[-1], -1)
+            made |= {"topk": top.values * batch.mask[..., None], "topk_ids": top.indices * batch.mask[..., None]}
+        return {name: value for name, value in made.items() if name in want}
 
 
 @piece("collect", state={"ids": lambda kit, options: {"group": 0}},
        writes=("prompt", "action", "mask", "reward", "logp_behavior", "group", "source", "age"))  # fmt: skip
-def token_rollouts(kit: Kit, *, prompts: int = 4, group: int = 6) -> Batch:
+def token_rollouts(kit: Kit, *, prompts: int = 4, group: int = 6, temperature: float = 1.0) -> Batch:
     """Ragged sampled rows with a verifiable reward at their last token."""
     policy: Any = kit.models["policy"]
     context = kit.environment.draw(prompts).repeat_interleave(group)
     n, length = len(context), policy.logits.shape[1]
     uniform = torch.rand(n, length, generator=kit.rng("rollout"), dtype=torch.float64)
-    probs = policy.logits[context].softmax(-1)
+    probs = (policy.logits[context] / temperature).softmax(-1)
     action = (probs.cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(probs.shape[-1] - 1)
     lengths = torch.randint(1, length + 1, (n,), generator=kit.rng("lengths"))
     mask = torch.arange(length) < lengths[:, None]
@@ -144,3 +151,12 @@ def mismatched(kit: Kit, *, inner: Any) -> Batch:
     rows: Batch = inner()
     noise = torch.randn(rows.mask.shape, generator=kit.rng("mismatch"), dtype=torch.float64)
     return rows.put(logp_behavior=(rows.logp_behavior + 0.3 * noise) * rows.mask)
+
+
+@piece("collect", writes=("reward",))
+def graded(kit: Kit, *, inner: Any) -> Batch:
+    """A wrap: rewards with a random part, so that all of them differ."""
+    rows: Batch = inner()
+    last = rows.mask & (rows.mask.cumsum(1) == rows.mask.sum(1, keepdim=True))
+    extra = torch.rand(len(rows), 1, generator=kit.rng("grades"), dtype=torch.float64)
+    return rows.put(reward=rows.reward + extra * last)

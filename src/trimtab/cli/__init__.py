@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         args=argv,
     )
     from trimtab.core.errors import TrimtabError
+    from trimtab.machine import keep_freed_memory
 
+    keep_freed_memory()
     warnings.formatwarning = _formatted  # type: ignore[assignment]
     try:
         return int(command())

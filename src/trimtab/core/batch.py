@@ -221,6 +221,10 @@ def _join(name: str, batches: Sequence[Batch]) -> Column:
     if isinstance(example, list):
         return [x for b, c in zip(batches, held) for x in (c if c is not None else [None] * len(b))]
     length = max((c.shape[1] for c in held if isinstance(c, Tensor) and c.dim() > 1), default=0)
+    if not name.startswith("prompt") and None in held:  # who lacks the column may have the longest rows
+        there = [(c.shape[1], _decisions(b)) for c, b in zip(held, batches) if isinstance(c, Tensor) and c.dim() > 1]
+        if all(mine == decisions for mine, decisions in there):
+            length = max(length, *(_decisions(b) for b in batches))
     parts: list[Tensor] = []
     for b, c in zip(batches, held):
         if c is None:
@@ -233,6 +237,12 @@ def _join(name: str, batches: Sequence[Batch]) -> Column:
         assert isinstance(c, Tensor)
         parts.append(c)
     return torch.cat(parts)
+
+
+def _decisions(batch: Batch) -> int:
+    """`T`, how many decisions a row of this batch has room for; 0 where it has no such columns."""
+    mask = batch.columns.get("mask")
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.dim() > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
     for p in method.pieces:
         if p.stage in ("loss", "update", "probe"):
             raise MethodError(f"{p.name} is a {p.stage} piece, which belongs into a track of {method.name}")
+    _wants(method, method.pieces, "policy", models)
     columns = _read_in_order(method, collects[0])
     for track in method.tracks:
         if track.trains not in models:
@@ -82,7 +83,7 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
             )
         if track.update.core.one_gradient and not track.of("loss"):
             raise MethodError(f"{track.update.core.name} takes a gradient, and track {track.name!r} has no loss")
-        _wants(method, track, models)
+        _wants(method, track.pieces, track.trains, models)
         seen = set(columns)
         for stage in ("annotate", "credit", "select", "loss", "update", "probe"):
             for p in (q for q in track.all() if q.stage == stage):
@@ -131,13 +132,14 @@ def _reads(method: Method, p: Piece, columns: set[str]) -> None:
         )
 
 
-def _wants(method: Method, track: Track, models: Mapping[str, Any]) -> None:
-    provides = frozenset(getattr(models[track.trains], "provides", ()))
-    for p in track.pieces:
+def _wants(method: Method, pieces: tuple[Piece, ...], model: str, models: Mapping[str, Any]) -> None:
+    """What pieces want of a model, it provides; what is shared by the tracks asks the policy."""
+    provides = frozenset(getattr(models.get(model), "provides", ()))
+    for p in pieces:
         unmet = sorted(p.union("wants") - provides)
         if unmet:
             raise MethodError(
-                f"{p.name} of {method.name} wants {unmet[0]!r} from the model {track.trains!r}, which provides "
+                f"{p.name} of {method.name} wants {unmet[0]!r} from the model {model!r}, which provides "
                 f"{sorted(provides) or 'nothing'}. A policy without likelihoods cannot be trained with a "
                 f"likelihood-ratio surrogate; choose a method whose losses it can answer."
             )

@@ -1,7 +1,7 @@
 """Rows that are only ever added: files of them that checkpoints share, so that saving costs what is new.
 
-A chunk is a file of consecutive rows, named by its digest, in `chunks/` beside the checkpoints that name it. It is never
-written into: a last one that is not full is written again, under another name, with what follows it.
+A chunk is a file of consecutive rows, named by its digest, in `chunks/` beside the checkpoints that name it. It is
+never written into: a last one that is not full is written again, under another name, with what follows it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _put(rows: Tensor, place: Path) -> str:
 
 
 def read(saved: Saved, first: int, folder: Path) -> Tensor:
-    """Rows from `first` on, in an allocation of their own. Raises CheckpointError for a file that is missing or damaged."""
+    """Rows from `first` on, in their own allocation. Raises CheckpointError for a file that is missing or damaged."""
     parts = []
     for start, _, name in saved:
         file = folder / PLACE / name

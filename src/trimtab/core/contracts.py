@@ -14,8 +14,8 @@ from trimtab.core.batch import Batch
 class Policy(Protocol):
     """Any `nn.Module` that can say what it thinks of decisions.
 
-    provides: the names `evaluate` can return, out of logp, entropy, hidden, topk, mean, std, value, score, energy. A
-    method whose pieces want anything else is refused before the first step.
+    provides: the names `evaluate` can return, out of logp, entropy, hidden, topk, topk_ids, mean, std, value, score,
+    energy. A method whose pieces want anything else is refused before the first step.
     """
 
     provides: frozenset[str]

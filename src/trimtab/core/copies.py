@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError
 from trimtab.core.piece import Schedule
@@ -68,9 +68,14 @@ def every(source: str, n: int) -> Copy:
     return Copy("every", source, "after", {"n": n})
 
 
-def previous(source: str) -> Copy:
-    """The source before its latest update: theta_{t-1} all through update t, theta_t after it."""
-    return Copy("previous", source, "after")
+def previous(source: str, by: str = "update") -> Copy:
+    """The source before its latest update: theta_{t-1} all through update t, theta_t after it.
+
+    by: "turn" takes the source at the start of the turn before this one instead; in the first turn they are equal.
+    """
+    if by not in ("update", "turn"):
+        raise MethodError(f"previous(by={by!r}): by is 'update' or 'turn'")
+    return Copy("previous", source, "after") if by == "update" else Copy("previous", source, "turn", {"by": by})
 
 
 def at_phase(source: str) -> Copy:
@@ -172,7 +177,7 @@ class Kept:
         """module <- (1 - weight) module + weight source; weight 1 is an exact copy. Buffers are always copied."""
         if source is self.module:
             return
-        mine, theirs = list(self.module.parameters()), list(source.parameters())
+        mine, theirs = list[Tensor](self.module.parameters()), list[Tensor](source.parameters())
         if weight == 1.0:
             torch._foreach_copy_(mine, theirs)
         else:

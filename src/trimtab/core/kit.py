@@ -91,6 +91,13 @@ class Kit:
         """A named random stream of the run; it is saved, and it does not depend on any other stream."""
         return self._tree.stream(f"{self.scope}/{name}" if self.scope else name)
 
+    def playing(self, environment: Any, *, quietly: bool = False) -> Kit:
+        """The same kit with another environment; `quietly`, what is logged is dropped. For a collect inside another."""
+        other = copy.copy(self)
+        other.environment = environment
+        other._logs = [] if quietly else self._logs
+        return other
+
     def decided(self, count: int) -> None:
         """Say how many decisions were made for this batch, when it holds others too (replayed or offline rows)."""
         self._decided.append(count)
@@ -179,13 +186,13 @@ class Kit:
     def evaluate_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> Any:
         """`evaluate` for update-scope pieces: where a track is about to take one gradient of the same forward pass, and
         all rows fit at once, its graph is kept, and that track does not make it again (`taken_ahead`)."""
-        clock, losses = self.clock, ()
+        clock, losses = self.clock, tuple[Piece, ...]()
         for track in self.method.tracks:
             due = track.on == "update" and clock.updates % track.every == 0
             if due and track.trains == name and self.scope in ("", track.name) and track.update.core.one_gradient:
                 losses = track.of("loss")
                 break
-        wanted = frozenset().union(*(p.union("wants") for p in losses))
+        wanted = frozenset[str]().union(*(p.union("wants") for p in losses))
         if not wanted or not wanted <= want or (self.memory is not None and self.memory < len(batch)):
             return self.evaluate(name, batch, want)
         model: Any = self.models[name]
@@ -201,7 +208,9 @@ class Kit:
         if name not in self._ahead:
             return None
         parameters, columns, made = self._ahead.pop(name)
-        same = all(p._version == v for p, v in parameters) and all(batch.columns.get(k) is v for k, v in columns.items())
+        same = all(p._version == v for p, v in parameters) and all(
+            batch.columns.get(k) is v for k, v in columns.items()
+        )
         return made if same and want <= made.keys() else None
 
     # -- running pieces -----------------------------------------------------------------------------------------

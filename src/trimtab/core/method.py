@@ -8,108 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from trimtab.core.copies import Copy
+from trimtab.core.edits import AUTHOR, YOU, Edit
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.network import Network
 from trimtab.core.piece import SINGLE, Piece, in_order
+from trimtab.core.track import Track as Track
 
 FIELDS = ("rows", "passes", "name", "phases", "copies", "track", "networks", "every")  # what `but` changes
-YOU = "you"  # who made an edit that no method made
-
-
-@dataclass(frozen=True)
-class Author:
-    """Whose edits are being recorded: a method's name, and the bases whose swaps it may replace."""
-
-    name: str = YOU
-    lineage: frozenset[str] = frozenset()
-
-
-_AUTHOR: ContextVar[Author] = ContextVar("author", default=Author())  # noqa: B039  frozen
-
-
-@contextmanager
-def authored_by(name: str, lineage: frozenset[str]) -> Iterator[None]:
-    """Record the edits made inside under this method's name."""
-    token = _AUTHOR.set(Author(name, lineage))
-    try:
-        yield
-    finally:
-        _AUTHOR.reset(token)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One recorded change: who, what kind, where, and in words."""
-
-    by: str
-    kind: str
-    path: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses of a track with what is the same in every update.
-
-    wants: of the model. unit: what a micro-batch keeps whole. scoped: those with parts that see the whole update. idle:
-    each loss's own test for rows that it is silent on, None where one of them has none.
-    """
-
-    pieces: tuple[Piece, ...]
-    wants: frozenset[str]
-    unit: str
-    scoped: tuple[Piece, ...]
-    idle: tuple[Callable[[Any], Any], ...] | None
-
-    @classmethod
-    def of(cls, pieces: tuple[Piece, ...]) -> Losses:
-        tests = [q.idle for p in pieces for q in p.walk() if q.stage == "loss"]
-        return cls(
-            pieces,
-            frozenset().union(*(p.union("wants") for p in pieces)),
-            next((p.core.options["unit"] for p in pieces if p.core.options["unit"] != "row"), "row"),
-            tuple(p for p in pieces if any(q.stage == "part" and q.at == "update" for q in p.walk())),
-            tuple(t for t in tests if t) if tests and None not in tests else None,
-        )
-
-
-@dataclass(frozen=True)
-class Track:
-    """One learner: the model it trains, its own pieces, its terms, and how its parameters move.
-
-    every: run on each k-th update. on: "update", or "last" to run once per batch, on all of its rows.
-    """
-
-    name: str
-    trains: str
-    pieces: tuple[Piece, ...]
-    update: Piece
-    every: int = 1
-    on: str = "update"
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.on not in ("update", "last"):
-            raise MethodError(
-                f"track {self.name!r} has every={self.every!r} and on={self.on!r}; it runs on each k-th 'update', "
-                f"k >= 1, or on the 'last' of a batch"
-            )
-
-    def of(self, stage: str) -> tuple[Piece, ...]:
-        return tuple(p for p in self.pieces if p.stage == stage)
-
-    @cached_property
-    def losses(self) -> Losses:
-        return Losses.of(self.of("loss"))
-
-    def all(self) -> tuple[Piece, ...]:
-        return (*self.pieces, self.update)
 
 
 @dataclass(frozen=True)
@@ -173,6 +82,14 @@ class Method:
         _, piece, rest = self.locate(path)
         return piece.find(rest)
 
+    def has(self, path: str) -> bool:
+        """Whether there is a piece, part or option at an address."""
+        try:
+            self.get(path)
+        except MethodError:
+            return False
+        return True
+
     def flatten(self, *, full: bool = False) -> dict[str, Any]:
         """`address -> value` of everything in force, in running order. Two methods are equal when these are.
 
@@ -204,7 +121,7 @@ class Method:
         A method may replace what its own lineage swapped; what another method or the user swapped is refused, and so
         is losing an option that was asked for.
         """
-        author = _AUTHOR.get()
+        author = AUTHOR.get()
         track, piece, rest = self.locate(path)
         old = piece.find(rest)
         full = self._full(track, piece, rest)
@@ -228,7 +145,15 @@ class Method:
         return self._put(track, piece, piece.assign(rest, new) if rest else new)._noted("swap", full, text)
 
     def set(self, path: str, value: Any) -> Method:
-        """Give an option another value, as a user does. A later edit that would lose it is refused."""
+        """Give an option another value, as a user does. A later edit that would lose it is refused.
+
+        A method that runs in phases gives it to every phase that has the option.
+        """
+        if self.phases:
+            having = [p.name for p in self.phases if p.method.has(path)]
+            if not having:
+                self.phases[-1].method.get(path)  # says what is there
+            return self.each(lambda name, method: method.set(path, value) if name in having else method)
         track, piece, rest = self.locate(path)
         if not rest:
             raise MethodError(f"{path!r} is a whole piece; name one of its options. {nearest('', piece.options)}")
@@ -237,8 +162,8 @@ class Method:
             raise MethodError(f"{path!r} is the part {old.name!r}; set one of its options: {sorted(old.options)}")
         full = self._full(track, piece, rest)
         yours = {self._local(e.path) for e in self.edits if e.by == YOU and e.kind == "set"}
-        if _AUTHOR.get().name != YOU and self._local(full) in yours:
-            self._keeps(full, f"{_AUTHOR.get().name} sets {full!r} to {show(value)}")
+        if AUTHOR.get().name != YOU and self._local(full) in yours:
+            self._keeps(full, f"{AUTHOR.get().name} sets {full!r} to {show(value)}")
         made = self._put(track, piece, piece.assign(rest, value))._noted("set", full, f"{show(old)} -> {show(value)}")
         return replace(made, explicit=(*made.explicit, full))
 
@@ -277,7 +202,7 @@ class Method:
         if rest or piece.stage in SINGLE or path.rpartition(":")[2] != piece.slot:
             raise MethodError(f"{path!r} cannot be dropped; swap it for a neutral value instead")
         full = self._full(track, piece, [])
-        self._keeps(full, f"{_AUTHOR.get().name} drops {full!r} ({show(piece)})")
+        self._keeps(full, f"{AUTHOR.get().name} drops {full!r} ({show(piece)})")
         return self._put(track, piece, None)._noted("drop", full, piece.name)
 
     def on(self, track: str) -> OnTrack:
@@ -311,12 +236,15 @@ class Method:
         for name, value in fields.items():
             if name not in FIELDS[:4]:
                 raise MethodError(f"a method has no field {name!r} to change. {nearest(name, FIELDS)}")
+            if name in ("rows", "passes") and self.phases:
+                made = made.each(lambda _, method, only={name: value}: method.but(**only))  # type: ignore[misc]
+                continue
             if name in ("rows", "passes") and getattr(made, name) != value:
                 if not (isinstance(value, int) and value >= 1) and (name, value) != ("rows", None):
                     raise MethodError(f"{name}={value!r} must be a whole number of at least 1")
-                made._keeps(name, f"{_AUTHOR.get().name} sets {name}={value}", again=_AUTHOR.get().name == YOU)
+                made._keeps(name, f"{AUTHOR.get().name} sets {name}={value}", again=AUTHOR.get().name == YOU)
                 made = made._noted("set", name, f"{getattr(made, name)} -> {value}")
-                if _AUTHOR.get().name == YOU:
+                if AUTHOR.get().name == YOU:
                     made = replace(made, explicit=(*made.explicit, name))
             made = replace(made, **{name: value})
         return made
@@ -355,7 +283,7 @@ class Method:
 
     def _networked(self, name: str, network: Network) -> Method:
         """With this network; losing something of the one before that was asked for is refused, but not to a user."""
-        head, author = f"network {name}", _AUTHOR.get().name
+        head, author = f"network {name}", AUTHOR.get().name
         old = self.networks[name].flatten(head) if name in self.networks else {}
         new = network.flatten(head)
         changed = [p for p in {**old, **new} if show(old.get(p)) != show(new.get(p))]
@@ -368,7 +296,7 @@ class Method:
         return replace(made, explicit=(*made.explicit, *changed)) if author == YOU and old else made
 
     def _noted(self, kind: str, path: str, text: str) -> Method:
-        return replace(self, edits=(*self.edits, Edit(_AUTHOR.get().name, kind, path, text)))
+        return replace(self, edits=(*self.edits, Edit(AUTHOR.get().name, kind, path, text)))
 
     def _add(self, p: Piece, track: str) -> Method:
         if not track:

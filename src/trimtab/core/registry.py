@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.core.edits import authored_by
 from trimtab.core.errors import MethodError, nearest
-from trimtab.core.method import Method, authored_by, diff, show
+from trimtab.core.method import Method, diff, show
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Definition:
             try:
                 without = self._build(base, {k: v for k, v in options.items() if k != name})
             except MethodError:  # the others need it, so it matters; what it sets shows against the defaults
-                without = self._build(base, {})
+                try:
+                    without = self._build(base, {})
+                except MethodError:  # without it this cannot stand on this base at all
+                    continue
             paths = [path for path, _, _ in diff(without, made)]
             if not paths:
                 raise MethodError(
@@ -97,7 +101,14 @@ class Definition:
 
     def _build(self, base: Method | None, options: dict[str, Any]) -> Method:
         with authored_by(self.name, self.lineage):
-            return self.fn(**options) if base is None else self.fn(base, **options)
+            if base is None:
+                return self.fn(**options)
+            if not base.phases or (self.base is not None and self.base().phases):  # written for phases
+                return self.fn(base, **options)
+            made = base.each(lambda _, method: self.fn(method, **options))  # the change is made in every phase
+        if any(p.method.phases for p in made.phases):
+            raise MethodError(f"{self.name} and {base.name} both run in phases; one of them must be a plain method")
+        return made
 
     def __add__(self, other: Definition | Method) -> Method:
         """`a + b` is `a(b())`; three are written `a + (b + c)`, or `parse("a+b+c")`."""

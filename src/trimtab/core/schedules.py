@@ -11,9 +11,9 @@ from trimtab.core.piece import Schedule
 from trimtab.core.state import Clock
 
 
-def _checked(schedule: Any, *nested: str, whole: tuple[str, ...] = ()) -> None:
-    """Every field is a number; those in `nested` may be schedules, those in `whole` count updates."""
-    for name in (f.name for f in fields(schedule)):
+def _checked(schedule: Any, *nested: str, whole: tuple[str, ...] = (), text: tuple[str, ...] = ()) -> None:
+    """Every field but `text` is a number; those in `nested` may be schedules, those in `whole` count updates."""
+    for name in (f.name for f in fields(schedule) if f.name not in text):
         value = getattr(schedule, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
         if name in whole:
@@ -95,27 +95,55 @@ class warmup(Schedule):
 
 @dataclass(frozen=True)
 class warmup_cosine(Schedule):
-    """`peak step / warmup` for `step < warmup`, then half a cosine to `valley` over `decay` updates, then `valley`.
+    """`peak step / warmup` for `step < warmup`, then half a cosine to `valley` over `decay` steps, then `valley`.
 
-    Steps are updates (CHORD eq. for mu(t); warmup 0 and decay 0 are allowed).
+    Warmup 0 and decay 0 are allowed (CHORD, arXiv 2508.11408, mu(t)). by: what a step is, "updates" or "turns"; by
+    turns the value is the same for all updates of a batch.
     """
 
     warmup: int
     decay: int
     peak: float
     valley: float
+    by: str = "updates"
 
     def __post_init__(self) -> None:
-        _checked(self, whole=("warmup", "decay"))
+        _checked(self, whole=("warmup", "decay"), text=("by",))
+        if self.by not in ("updates", "turns"):
+            raise MethodError(f"warmup_cosine: by={self.by!r} must be 'updates' or 'turns'")
 
     def __call__(self, clock: Clock) -> float:
-        step = clock.updates
+        step: int = getattr(clock, self.by)
         if step < self.warmup:
             return self.peak * step / self.warmup
         if step >= self.warmup + self.decay:
             return self.valley
         share = (step - self.warmup) / self.decay
         return self.valley + (self.peak - self.valley) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class staircase(Schedule):
+    """`start` for `wait` turns, then a step towards `end` at the first of each `every` turns; never beyond `end`.
+
+    Falling: `max(start - step ceil(max(turn - wait, 0) / every), end)` (ReMix, arXiv 2507.06892, lambda(t)).
+    """
+
+    start: float
+    end: float
+    step: float
+    wait: int
+    every: int
+
+    def __post_init__(self) -> None:
+        _checked(self, whole=("wait", "every"))
+        if self.every < 1 or self.step < 0:
+            raise MethodError(f"staircase: every={self.every} must be at least 1 and step={self.step} at least 0")
+
+    def __call__(self, clock: Clock) -> float:
+        gone = self.step * math.ceil(max(clock.turns - self.wait, 0) / self.every)
+        down = self.end < self.start
+        return max(self.start - gone, self.end) if down else min(self.start + gone, self.end)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,9 @@ class GymEnvironment:
         self.action_space: Any = self._worlds[0].action_space
         self.finished: list[Finished] = []
         self._shape = (envs, *self.observation_space.shape)
-        self._zeros = np.zeros(max(envs, math.prod(self._shape)), np.float32)
         self._prepare_actions()
         self._started = False
-        self._next_episode = first
+        self._first_episode = self._next_episode = first
         self._episode = [0] * envs
         self._total, self._length = [0.0] * envs, [0] * envs
         self._played: list[list[Any]] = [[] for _ in range(envs)]
@@ -71,11 +70,7 @@ class GymEnvironment:
         self._kind = type(space).__name__
         self._action_shape = (self.envs, *space.shape)
         if isinstance(space, spaces.Box):
-            self._low, self._high, self._still = (
-                space.low,
-                space.high,
-                np.zeros(math.prod(self._action_shape), np.float32),
-            )
+            self._low, self._high = space.low, space.high
         elif isinstance(space, spaces.Discrete):
             self._first, self._count = int(space.start), int(space.n)
 
@@ -161,7 +156,7 @@ class GymEnvironment:
             )
         given = (action if action.is_cpu and not action.requires_grad else action.detach().cpu()).numpy()
         if self._kind == "Box":
-            if given.reshape(-1).dot(self._still) != 0:
+            if not (_finite(given.reshape(-1)) or np.isfinite(given).all()):
                 raise NonFiniteError(f"an action for {self.spec} is nan or infinite, so the policy's parameters are")
             clipped = np.minimum(np.maximum(given, self._low), self._high)
             return clipped.astype(self.action_space.dtype, copy=False)
@@ -192,10 +187,8 @@ class GymEnvironment:
         )
 
     def _check(self, obs: Any, rewards: Any = None) -> None:
-        """Raise where a number is nan or infinite: its product with 0 is no 0, which takes one pass and no mask."""
-        if obs.reshape(-1).dot(self._zeros[: obs.size]) == 0 and (
-            rewards is None or rewards.dot(self._zeros[: self.envs]) == 0
-        ):
+        """Raise where a number is nan or infinite. The square length shows it in one pass, without a mask."""
+        if _finite(obs.reshape(-1)) and (rewards is None or _finite(rewards)):
             return
         for i in range(self.envs):
             seen = np.isfinite(obs[i]).all()
@@ -222,7 +215,7 @@ class GymEnvironment:
         """Play the running episodes again. Raises CheckpointError where they do not lead to what was saved."""
         self._started = bool(state["started"])
         if not self._started:
-            self._next_episode, self.finished = 0, []
+            self._next_episode, self.finished = self._first_episode, []
             return
         if len(state["episode"]) != self.envs:
             raise CheckpointError(f"the checkpoint has {len(state['episode'])} environments, and this run {self.envs}")
@@ -273,3 +266,8 @@ class GymEnvironment:
         """Let go of what the environments hold (simulators, windows)."""
         for world in self._worlds:
             world.close()
+
+
+def _finite(x: Any) -> bool:
+    """Whether a vector is certainly finite: a nan or an infinity makes its square length one, as huge numbers do."""
+    return math.isfinite(x.dot(x))

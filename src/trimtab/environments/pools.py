@@ -60,6 +60,11 @@ class ListedPool:
             :16
         ]
 
+    @property
+    def keys(self) -> Sequence[str]:
+        """Identity of each distinct problem, in the order of the source."""
+        return self._keys
+
     def all(self) -> list[Problem]:
         """Every distinct problem, in the order of the source."""
         return [self._fetch(i) for i in range(len(self._keys))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,9 +30,13 @@ class Columns:
     """Which fields hold question and answer: those the spec names, else "prompt" or "question", and "answer".
 
     `answer_after="####"` keeps what follows the last such mark of the answer, its ends stripped.
+    others: fields that stand for "answer", best first, where the spec names none. first: they go before "answer".
     """
 
-    def __init__(self, spec: Spec, need_answer: bool) -> None:
+    def __init__(
+        self, spec: Spec, need_answer: bool, others: tuple[str, ...] = ("chosen",), first: bool = False
+    ) -> None:
+        self._others = (*others, "answer") if first else ("answer", *others)
         self._question: str | None = spec.options.get("question")
         self._named_answer: str | None = spec.options.get("answer")
         self._after: str | None = spec.options.get("answer_after")
@@ -66,9 +71,8 @@ class Columns:
             raise EnvironmentFailure(
                 f"The answer field {self._named_answer!r} is not in {where}. {nearest(self._named_answer, fields)}"
             )
-        if self._named_answer is None and "answer" not in fields and "chosen" in fields:
-            return "chosen"  # preference pairs: what was chosen is the reference
-        return self._named_answer or "answer"
+        # Of preference pairs what was chosen is the reference.
+        return self._named_answer or next((name for name in self._others if name in fields), "answer")
 
     def read(self, fields: Mapping[str, Any], where: str) -> tuple[Prompt, str | None]:
         """Question and answer of one row, checked."""
@@ -106,27 +110,46 @@ class Distinct:
         return {"duplicates": self.duplicates, "conflicting_answers": self.conflicting}
 
 
-def jsonl_pool(spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool) -> ListedPool:
+def columns_of(spec: Spec, need_answer: bool, shown: bool) -> Columns:
+    """The fields of a data set of problems, or of demonstrations (`shown`), whose answer is the whole response."""
+    return Columns(spec, need_answer, ("response", "chosen"), first=True) if shown else Columns(spec, need_answer)
+
+
+def identity(asked: Prompt, answer: str | None, shown: bool) -> str:
+    """What makes an entry distinct: its question; of demonstrations the response too, as one question may have several.
+
+    Its first 16 digits are those of the question's key, which decide the split.
+    """
+    key = key_of(asked)
+    return key if not shown else key[:16] + hashlib.sha256(f"{key}\n{answer}".encode()).hexdigest()[:48]
+
+
+def jsonl_pool(
+    spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool, shown: bool = False
+) -> ListedPool:
     """`FILE.jsonl`: one object a line with `prompt` (text or chat messages) or `question`, and `answer`.
 
     Other fields are kept in the entry. Options in brackets: question=, answer= (names of fields), answer_after= (the
-    mark before the final answer). Raises EnvironmentFailure with file, line and column for a broken line, a missing or
-    unusable field, an empty or missing file.
+    mark before the final answer). shown: demonstrations, see `columns_of`. Raises EnvironmentFailure with file, line
+    and column for a broken line, a missing or unusable field, an empty or missing file.
     """
     check_options(spec, COLUMNS)
     path = Path(spec.name).expanduser()
-    columns, distinct = Columns(spec, need_answer), Distinct()
+    columns, distinct = columns_of(spec, need_answer, shown), Distinct()
     problems: list[Problem] = []
+    keys: list[str] = []
     for number, fields in _lines(path):
         where = f"line {number} of {path}"
         asked, answer = columns.read(fields, where)
-        if distinct.add(key_of(asked), answer):
+        key = identity(asked, answer, shown)
+        if distinct.add(key, answer):
+            keys.append(key)
             problems.append(make_problem(asked, answer, fields, template, where))
     if not problems:
         raise EnvironmentFailure(
             f"The file {str(path)!r} holds no problem. Write one JSON object a line with 'question' and 'answer'."
         )
-    return ListedPool([p.key for p in problems], problems.__getitem__, holdout, spec.text, **distinct.counts())
+    return ListedPool(keys, problems.__getitem__, holdout, spec.text, **distinct.counts())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -166,7 +189,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, fields
 
 
-def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool) -> ListedPool:
+def datasets_pool(
+    spec: Spec, template: PromptTemplate, holdout: float, need_answer: bool, shown: bool = False
+) -> ListedPool:
     """`datasets:NAME(split=train, name=CONFIG, revision=..., question=..., answer=..., answer_after=...)`.
 
     NAME is a hub id, a folder written by save_to_disk, or a folder of parquet, JSON or CSV files. Rows stay where
@@ -174,7 +199,7 @@ def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_ans
     """
     check_options(spec, COLUMNS | {"split": str, "name": str, "revision": str})
     data = _load(spec)
-    columns, distinct = Columns(spec, need_answer), Distinct()
+    columns, distinct = columns_of(spec, need_answer, shown), Distinct()
     fields = dict.fromkeys(data.column_names)
     label = f"data set {spec.name!r}"
     wanted = {columns.question(fields, label), columns.answer_name(fields, label)} & set(fields)
@@ -183,7 +208,7 @@ def datasets_pool(spec: Spec, template: PromptTemplate, holdout: float, need_ans
     rows: list[int] = []
     for row, values in enumerate(light):
         asked, answer = columns.read(values, f"row {row} of {spec.name}")
-        key = key_of(asked)
+        key = identity(asked, answer, shown)
         if distinct.add(key, answer):
             keys.append(key)
             rows.append(row)

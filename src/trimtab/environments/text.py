@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trimtab.core.errors import CheckpointError, EnvironmentFailure
@@ -96,6 +96,21 @@ class TextEnvironment:
         A response is text, or one message of the assistant. Raises EnvironmentFailure when a problem lacks either.
         """
         return [(p, response_of(p, "chosen"), response_of(p, "rejected")) for p in self.draw(n)]
+
+    def peek(self) -> Problem:
+        """A training problem, without drawing it."""
+        problems, _, _ = self._pool.draw(self._seed, self._epoch, self._cursor, 1)
+        return problems[0]
+
+    def asks_any_of(self, keys: Iterable[str]) -> bool | None:
+        """Whether a question with one of these keys is among its problems; None where they are made on demand.
+
+        Keys are compared by their first 16 digits.
+        """
+        if not isinstance(self._pool, ListedPool):
+            return None
+        mine = {key[:16] for key in self._pool.keys}
+        return any(key[:16] in mine for key in keys)
 
     @property
     def failures(self) -> dict[str, int]:

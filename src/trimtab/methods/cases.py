@@ -31,6 +31,8 @@ class Case:
 
     def shrink(self, method: Method) -> Method:
         """The method with this case's settings."""
+        if method.phases:
+            return method.each(lambda _, inside: self.shrink(inside))
         known = method.flatten()
         for path, value in self.small.items():
             if path in ("rows", "passes") and getattr(method, path) not in (None, 1):

@@ -33,12 +33,17 @@ def too_long(policy: Any, problem: Any, answer: int) -> str | None:
 
 
 def that_fit(
-    kit: Any, draw: Callable[[int], Sequence[Any]], n: int, fault: Callable[[Any], str | None], most: int = TRIES
+    kit: Any,
+    draw: Callable[[int], Sequence[Any]],
+    n: int,
+    fault: Callable[[Any], str | None],
+    most: int = TRIES,
+    counted: str = "too_long",
 ) -> list[Any]:
     """The next `n` of `draw` without a `fault`. The others are passed over: counted in the log, named in a warning.
 
-    A long run is not ended by one long prompt, and nothing is cut off. Raises EnvironmentFailure, with the last fault,
-    when `most` draws were not enough.
+    A long run is not ended by one long prompt, and nothing is cut off. counted: their name in the log. Raises
+    EnvironmentFailure, with the last fault, when `most` draws were not enough.
     """
     taken: list[Any] = []
     passed, last = 0, ""
@@ -51,8 +56,9 @@ def that_fit(
             passed, last = passed + 1, found
             warnings.warn(f"passed over: {found}", TrimtabWarning, stacklevel=3)
         if len(taken) == n:
-            kit.log("too_long", float(passed))
+            kit.log(counted, float(passed))
             return taken
     raise EnvironmentFailure(
-        f"{passed} of the {passed + len(taken)} problems drawn for one batch are too long; the last one: {last}"
+        f"{passed} of the {passed + len(taken)} problems drawn for one batch are {counted.replace('_', ' ')}; "
+        f"the last one: {last}"
     )

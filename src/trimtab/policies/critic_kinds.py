@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.network import Network
@@ -81,7 +83,7 @@ def temperature(made_for: Any, network: Network, *, begin: float = 1.0) -> Tempe
     return Temperature(begin, made_for.dtype)
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., nn.Module]] = {
     "squashed_gaussian": squashed_gaussian,
     "deterministic": deterministic,
     "ensemble": ensemble,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.inputs, self.matmul, self.activation = inputs, matmul, ACTIVATIONS[activation]
         widths = (inputs.width + width, *hidden, 1)
-        self.layers = nn.ModuleList(StackedLayer(count, a, b, inputs.dtype) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(StackedLayer(count, a, b, inputs.dtype) for a, b in pairwise(widths))
 
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         obs, action = self.inputs(batch["obs"]), batch["action"]

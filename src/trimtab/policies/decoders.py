@@ -29,6 +29,11 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or type(getattr(layer, "base_layer", None)) is nn.Linear
 
 
+def is_frozen(*layers: Any) -> bool:
+    """Whether none of these layers can learn."""
+    return not any(p.requires_grad for layer in layers for p in layer.parameters())
+
+
 class Twin:
     """A model that computes what `model` computes under bfloat16 autocast, without casting its weights every step.
 
@@ -49,8 +54,11 @@ class Twin:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, everything: bool = True) -> None:
+        """Take over weights that changed: of everything, or of what can learn."""
         for layer, plain in self.pairs:
+            if is_frozen(layer) and not everything:
+                continue
             plain.weight.copy_(weight_of(layer))
             if plain.bias is not None:
                 plain.bias.copy_(getattr(layer, "base_layer", layer).bias)
@@ -75,10 +83,10 @@ class ModuleDecoder:
         self.places = "position_ids" in known
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
-    def refresh(self) -> None:
+    def refresh(self, everything: bool = True) -> None:
         """Take over weights that changed."""
         if self.twin:
-            self.twin.refresh()
+            self.twin.refresh(everything)
 
     def open(self, prompts: int, rows: int, length: int, room: int) -> None:
         """Nothing to prepare: transformers' cache grows as it is filled."""

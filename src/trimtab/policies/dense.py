@@ -7,7 +7,7 @@ too, does not. A product of 256 x 256 by 256 x 256 takes half the time and has t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ class StackedLayer(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
 
-def layers(x: Tensor, stack: Sequence[Any], activation: Callable[[Tensor], Tensor], matmul: str) -> Tensor:
+def layers(x: Tensor, stack: Iterable[Any], activation: Callable[[Tensor], Tensor], matmul: str) -> Tensor:
     """Through every layer of `stack`, the activation after all but the last: `[..., I] -> [..., O]`.
 
     A layer has a `weight` `[O, I]` and a `bias` `[O]`; or `[E, O, I]` and `[E, O]`, and then x is `[R, I]` and the
-    result `[E, R, O]`. matmul: "bfloat16" rounds the factors of the products between hidden layers, which are nearly all
-    the work; the first layer reads observations and the last one gives numbers that are compared: both stay in float32.
-    A few rows alone (an actor's decisions) are not rounded: there is nothing to gain.
+    result `[E, R, O]`. matmul: "bfloat16" rounds the factors of the products between hidden layers, which are nearly
+    all the work; the first layer reads observations and the last one gives numbers that are compared: both stay in
+    float32. A few rows alone (an actor's decisions) are not rounded: there is nothing to gain.
     """
     held = [p for layer in stack for p in (layer.weight, layer.bias)]
     rows = x.numel() // x.shape[-1]
@@ -109,7 +109,7 @@ class _Relu(torch.autograd.Function):
         for e in range(count):
             past = [x, *hidden[e * depth : (e + 1) * depth]]
             made.append(_backward(grad[e] if stacked else grad, past, each[e], ctx.half, into_x, into_held))
-        dx = sum(dx for dx, _ in made) if into_x else None  # type: ignore[misc]
+        dx = torch.stack([dx for dx, _ in made if dx is not None]).sum(0) if into_x else None
         if not into_held:
             return dx, None, *[None] * len(held)
         return dx, None, *(torch.stack(p) if stacked else p[0] for p in zip(*(found for _, found in made)))
@@ -124,7 +124,7 @@ def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, lis
         y = x
         for i in range(last + 1):
             factors = y, member[2 * i], member[2 * i + 1]
-            if half and 0 < i:
+            if half and i > 0:
                 kind = torch.bfloat16 if i < last else torch.float32
                 factors = y.to(kind), factors[1].to(kind), factors[2].to(kind)
             y = _product(*factors, i < last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ class Sampling:
     new_tokens: at most so many tokens a response, >= 1. temperature: logits are divided by it; 0 is greedy.
     top_k: only the k most probable tokens, 0 is all. top_p: the smallest set of most probable tokens that holds
     this much probability, (0, 1]. Temperature first, then top-k, then top-p on what is left, renormalised.
+    adapt: a factor on the temperature of each decision, `[m]`, from its logits over the temperature, `[m, V]`; None is
+    1. Greedy decisions have no temperature, and so none to adapt.
 
     Raises `SamplingError` outside these ranges.
     """
@@ -37,6 +40,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    adapt: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
@@ -76,7 +80,10 @@ def draw(logits: Tensor, slot: Tensor, noise: Tensor | None, sampling: Sampling)
             p, token[mine] = some.softmax(-1), some.argmax(-1)[place]
         else:
             assert noise is not None
-            p = narrow(some if sampling.temperature == 1 else some / sampling.temperature, sampling).softmax(-1)
+            some = some if sampling.temperature == 1 else some / sampling.temperature
+            if sampling.adapt is not None:
+                some = some / sampling.adapt(some)[:, None]
+            p = narrow(some, sampling).softmax(-1)
             token[mine] = invert(p, place, noise[mine])
         logp[mine] = p[place, token[mine]].log()
     return token, logp

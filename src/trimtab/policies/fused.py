@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.policies.decoders import weight_of
+from trimtab.policies.decoders import is_frozen, weight_of
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,11 +32,14 @@ class Fused:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
         self.packed = packs(dtype, weight_of(layers[0]).device)
+        self.frozen = is_frozen(*layers)
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over weights that changed."""
+    def refresh(self, everything: bool = True) -> None:
+        """Take over weights that changed: of everything, or of what can learn."""
+        if self.frozen and not everything:
+            return
         weights = [weight_of(layer).detach().to(self.dtype) for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [getattr(layer, "base_layer", layer).bias for layer in self.layers]

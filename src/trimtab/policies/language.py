@@ -21,8 +21,9 @@ from trimtab.core.errors import TrimtabWarning, nearest
 from trimtab.core.stopwatch import timed
 from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
+from trimtab.policies.lean import lean
 from trimtab.policies.llama_decoder import LlamaDecoder
-from trimtab.policies.readout import Readout
+from trimtab.policies.readout import TOP, Readout, top
 from trimtab.policies.recompute import can_recompute, recomputed
 from trimtab.policies.sampler import LocalSampler
 from trimtab.policies.view import PolicyError, Reading, View
@@ -46,7 +47,7 @@ class LanguagePolicy(nn.Module):
     Dropout stays off in `train()` too: a log-probability that changes between two readings breaks every ratio.
     """
 
-    provides: frozenset[str] = frozenset({"logp", "entropy", "hidden"})
+    provides: frozenset[str] = frozenset({"logp", "entropy", "hidden", "topk", "topk_ids"})
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, name: str, source: str, compute: torch.dtype, chat: bool = False,
@@ -135,7 +136,9 @@ class LanguagePolicy(nn.Module):
         Reads prompt long `[N, P]` (left padded), prompt_mask bool `[N, P]`, action long `[N, T]` (right padded), mask
         `[N, T]`, and, if there, temperature `[N]` > 0. A decision with mask 0 before the last one with mask 1 is
         context (a tool's words). Returns, 0 where mask is 0: logp `[N, T]` = log softmax(logits / temperature)[action],
-        entropy `[N, T]` of that whole distribution in nats, hidden `[N, T, H]` the state each decision is read from.
+        entropy `[N, T]` of that whole distribution in nats, hidden `[N, T, H]` the state each decision is read from,
+        topk `[N, T, K]` the K <= 50 largest log-probabilities of that distribution, descending, and topk_ids long
+        `[N, T, K]` their tokens; these two have no gradient.
         float32, or float64 for a float64 policy; independent of padding and of which rows are together, to rounding.
 
         Raises `PolicyError` for an unknown want, an empty prompt, or a temperature that is not positive.
@@ -145,11 +148,13 @@ class LanguagePolicy(nn.Module):
             raise PolicyError(f"a language policy cannot give {sorted(unknown)[0]!r}. " + nearest("", self.provides))
         view = View.of(batch, batch["mask"].to(self.device).bool(), self.wide)
         if view is None:
-            tail = {"hidden": (self.causal.config.get_text_config().hidden_size,)}
-            n, t = batch["mask"].shape
-            return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=self.wide, device=self.device) for name in want}
+            config, (n, t) = self.causal.config.get_text_config(), batch["mask"].shape
+            k = (min(TOP, config.vocab_size),)
+            tail = {"hidden": (config.hidden_size,), "topk": k, "topk_ids": k}
+            kind = {name: torch.long if name == "topk_ids" else self.wide for name in want}
+            return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=kind[name], device=self.device) for name in want}
         again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
-        with self._narrow(), self._attention(view), again:
+        with self._narrow(), self._attention(view), lean(self.causal), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
 
@@ -169,6 +174,9 @@ class LanguagePolicy(nn.Module):
         if want & {"logp", "entropy"}:
             assert head is not None
             out |= self._read(head, states, view.tokens, view.scale, "entropy" in want)
+        if want & {"topk", "topk_ids"}:
+            assert head is not None
+            out["topk"], out["topk_ids"] = top(head, states, view.scale, self.wide)
         return out
 
     def _states(self, view: View) -> Tensor:
@@ -211,7 +219,8 @@ class LanguagePolicy(nn.Module):
         """Log-probability (and entropy) of `M` decisions from the states before them, some tokens at a time."""
         if type(head) is nn.Linear:
             narrow = torch.bfloat16 if self.autocast else self.wide
-            logp, h = Readout.apply(states, head.weight, head.bias, tokens, inverse, narrow, entropy)
+            weight = self._narrow_head(head.weight, narrow)
+            logp, h = Readout.apply(states, weight, head.bias, tokens, inverse, narrow, entropy)
             return {"logp": logp, "entropy": h} if entropy else {"logp": logp}
 
         def part(x: Tensor, token: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -234,6 +243,15 @@ class LanguagePolicy(nn.Module):
         if entropy:
             out["entropy"] = torch.cat([h for _, h in parts if h is not None])
         return out
+
+    def _narrow_head(self, weight: Tensor, narrow: torch.dtype) -> Tensor:
+        """The output matrix; of a frozen one a copy in `narrow`, which is made once."""
+        if weight.requires_grad or weight.dtype == narrow:
+            return weight
+        stamp = _stamp([weight])
+        if self._working.head is None or self._working.head[0] != stamp:
+            self._working.head = stamp, weight.detach().to(narrow)
+        return self._working.head[1]
 
     @torch.no_grad()
     def _head(self, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -263,13 +281,18 @@ class LanguagePolicy(nn.Module):
         return packing.attending(self.causal, "eager" if small and plain else config._attn_implementation)
 
     # -- sampling -----------------------------------------------------------------------------------------------
+    def stamp(self) -> tuple[Any, ...]:
+        """Equal as long as no parameter changed."""
+        return _stamp(self.model.parameters())
+
     def touch(self) -> None:
         """Say that parameters changed in a way torch cannot see (through `.data` or numpy)."""
         self._working.touched = True
 
     @timed("weights")
     def _decoder(self) -> ModuleDecoder | LlamaDecoder:
-        working, stamp = self._working, _stamp(self.model.parameters())
+        working = self._working
+        trained, frozen = (_stamp(p for p in self.model.parameters() if p.requires_grad is b) for b in (True, False))
         if working.decoder is None or working.device != self.device:
             working.device = self.device
             fits = LlamaDecoder.fits(self.causal)
@@ -281,9 +304,9 @@ class LanguagePolicy(nn.Module):
                     stacklevel=2,
                 )
             working.decoder = (LlamaDecoder if fits else ModuleDecoder)(self.causal, self.autocast)
-        elif working.touched or stamp != working.stamp:
-            working.decoder.refresh()
-        working.stamp, working.touched = stamp, False
+        elif working.touched or (trained, frozen) != working.stamps:
+            working.decoder.refresh(everything=working.touched or frozen != working.stamps[1])
+        working.stamps, working.touched = (trained, frozen), False
         return working.decoder
 
     # -- files --------------------------------------------------------------------------------------------------
@@ -333,11 +356,15 @@ class LanguagePolicy(nn.Module):
 
 
 class _Working:
-    """The decoder and what it was made from. A copied policy starts without one: it would hold the old weights."""
+    """The decoder and what it was made from, and the frozen output layer in the dtype of its products.
+
+    A copied policy starts without: it would hold the old weights.
+    """
 
     def __init__(self) -> None:
         self.decoder: ModuleDecoder | LlamaDecoder | None = None
-        self.stamp: tuple[Any, ...] = ()
+        self.stamps: tuple[Any, ...] = ()
+        self.head: tuple[Any, Tensor] | None = None
         self.device: torch.device | None = None
         self.touched = False
 
@@ -349,6 +376,8 @@ class _Working:
 def _stamp(parameters: Iterable[Tensor]) -> tuple[Any, ...]:
     """Changes when parameters do: torch's own counters, and a few numbers of each for writes it cannot see."""
     held = list(parameters)
+    if not held:
+        return ()
     few = torch.cat([p.detach().flatten()[:: max(1, p.numel() // 8)] for p in held]).tolist()
     return ([(p.data_ptr(), p._version) for p in held], few)
 

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from trimtab.policies.cache import SharedCache
 from trimtab.policies.decoders import is_linear
 from trimtab.policies.fused import Fused
+from trimtab.policies.lean import FAMILY
 
-_FAMILY = frozenset({LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM})
 # Rotary tables that depend on the length seen so far cannot be read one place at a time.
 _ROPES = frozenset({"default", "linear", "llama3", "yarn"})
-# Prompts are read so many tokens at a time; above it the intermediate results are larger than the weights.
-TOKENS_AT_ONCE = 4096
+# Prompts are read so many tokens at a time: with more, intermediate results leave the cache and take a tenth longer.
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LlamaDecoder:
     def fits(model: Any) -> bool:
         """Whether this is a plain Llama, Mistral, Qwen2 or Qwen3: silu, a static rotary table, full attention, linear
         layers (or adapters)."""
-        if type(model) not in _FAMILY:
+        if type(model) not in FAMILY:
             return False
         c: Any = model.config
         linear = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1].endswith(("_proj", "lm_head"))]
@@ -90,12 +89,15 @@ class LlamaDecoder:
             getattr(a, "k_norm", None),
         )
 
-    def refresh(self) -> None:
-        """Take over weights that changed. Norms and the embedding are the model's own tensors, so always fresh."""
-        self.head.refresh()
+    def refresh(self, everything: bool = True) -> None:
+        """Take over weights that changed: of everything, or of what can learn.
+
+        Norms and the embedding are the model's own tensors, so always fresh.
+        """
+        self.head.refresh(everything)
         for layer in self.layers:
             for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                part.refresh()
+                part.refresh(everything)
 
     def open(self, prompts: int, rows: int, length: int, room: int) -> None:
         shape, device = (len(self.layers), self.heads, self.width), self.model.model.embed_tokens.weight.device

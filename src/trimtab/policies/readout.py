@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at once, 32 MiB in float32. With fewer the product is slow, with more they leave the cache.
+# Logits that exist at once, in the dtype of the products: 16 MiB in bfloat16. With fewer the product is slow.
 LOGITS_AT_ONCE = 2**23
-# Their gradients, in the dtype of the products: one product with the states for so many (64 MiB in bfloat16).
+# Their gradients, where the layer learns: one product with the states for so many (64 MiB in bfloat16).
 SLOPES_AT_ONCE = 2**25
+# Of those, so many are made probabilities at a time (2 MiB in float32), in the cache.
+WIDE_AT_ONCE = 2**19
+# How many of the most probable tokens are given where somebody asks for them.
+TOP = 50
 
 
 def read(
@@ -25,6 +30,21 @@ def read(
     return every.gather(1, token[:, None]).squeeze(1), -(every.exp() * every).sum(-1)
 
 
+@torch.no_grad()
+def top(head: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest log-probabilities of `M` tokens and which they are, `[M, K]` each, descending; K = min(50, V).
+
+    Some tokens at a time, so that no more than these outlives the look at their logits.
+    """
+    size = head(x[:1]).shape[-1]
+    found = []
+    for i in _parts(len(x), LOGITS_AT_ONCE // size):
+        logits = head(x[i]).to(wide)
+        every = (logits if scale is None else logits * scale[i, None]).log_softmax(-1)
+        found.append(every.topk(min(TOP, size), -1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
@@ -32,6 +52,17 @@ def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     logits = F.linear(x, weight, bias).to(torch.promote_types(x.dtype, torch.float32))
     return logits if scale is None else logits * scale[:, None]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`W x + b` into `out`: a fresh tensor of this size costs as much as the product, for its memory."""
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _widened(products: Tensor, scale: Tensor | None) -> Tensor:
+    """Logits in float32 at least, to be worked on in place; of wide products these are the products themselves."""
+    z = products.to(torch.promote_types(products.dtype, torch.float32))
+    return z if scale is None else z.mul_(scale[:, None])
 
 
 class Readout(torch.autograd.Function):
@@ -53,23 +84,32 @@ class Readout(torch.autograd.Function):
         h = torch.empty_like(logp) if entropy else None
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         slopes = [torch.empty_like(y) for _ in range(1 + entropy)] if frozen and ctx.needs_input_grad[0] else []
-        for i in _parts(len(x), LOGITS_AT_ONCE // len(w)):
-            s = None if scale is None else scale[i]
-            z = _logits(y[i], w, b, s)
-            z = z.sub_(z.amax(1, keepdim=True))
-            at = z.gather(1, token[i][:, None])
-            p = z.exp() if entropy else z.exp_()
-            total = p.sum(1, keepdim=True)
-            logp[i] = (at - total.log()).squeeze(1)
-            if h is not None:
-                h[i] = (total.log() - (p * z).sum(1, keepdim=True) / total).squeeze(1)
-            if slopes:
-                factor = 1 if s is None else s[:, None]
-                p = p.div_(total)
-                slopes[0][i] = ((w[token[i]] - p.to(narrow) @ w) * factor).to(narrow)
+        rows = min(len(x), max(1, LOGITS_AT_ONCE // len(w)))
+        held = [y.new_empty(rows, len(w)) for _ in range(max(1, len(slopes)))]
+        for outer in _parts(len(x), rows):
+            n = len(range(len(x))[outer])
+            products = [buffer[:n] for buffer in held]
+            _product(y[outer], w, b, products[0])
+            for inner in _parts(n, WIDE_AT_ONCE // len(w)):
+                i = slice(outer.start + inner.start, outer.start + inner.stop)
+                z = _widened(products[0][inner], None if scale is None else scale[i])
+                z = z.sub_(z.amax(1, keepdim=True))
+                at = z.gather(1, token[i][:, None])
+                p = z.exp() if entropy else z.exp_()
+                total = p.sum(1, keepdim=True)
+                logp[i] = (at - total.log()).squeeze(1)
                 if h is not None:
-                    d = p.mul_(z.sub_(total.log() - h[i][:, None])).neg_()
-                    slopes[1][i] = ((d.to(narrow) @ w) * factor).to(narrow)
+                    h[i] = (total.log() - (p * z).sum(1, keepdim=True) / total).squeeze(1)
+                if slopes:
+                    p = p.div_(total)
+                    if h is not None:
+                        products[1][inner] = z.sub_(total.log() - h[i][:, None]).mul_(p).neg_()
+                    products[0][inner] = p
+            for slope, d in zip(slopes, products):
+                torch.mm(d, w, out=slope[outer])
+        if slopes:
+            factor = 1 if scale is None else scale[:, None]
+            slopes = [((w[token] - slopes[0]) * factor).to(narrow), *((s * factor).to(narrow) for s in slopes[1:])]
         ctx.save_for_backward(x, weight, bias, token, scale, *slopes)
         ctx.narrow = narrow
         ctx.set_materialize_grads(False)
@@ -104,13 +144,15 @@ def _gradients(
     y, w, b = x.to(ctx.narrow), weight.to(ctx.narrow), _to(bias, ctx.narrow)
     dx = torch.empty_like(y) if ctx.needs_input_grad[0] else None
     dw = db = None
-    for outer in _parts(len(x), SLOPES_AT_ONCE // len(w)):
-        held = range(len(x))[outer]
-        d = y.new_empty(len(held), len(w))
-        for inner in _parts(len(held), LOGITS_AT_ONCE // len(w)):
-            i = slice(held.start + inner.start, held.start + inner.stop)
+    rows = min(len(x), max(1, SLOPES_AT_ONCE // len(w)))
+    buffer = y.new_empty(rows, len(w))
+    for outer in _parts(len(x), rows):
+        n = len(range(len(x))[outer])
+        d = _product(y[outer], w, b, buffer[:n])
+        for inner in _parts(n, WIDE_AT_ONCE // len(w)):
+            i = slice(outer.start + inner.start, outer.start + inner.stop)
             s = None if scale is None else scale[i]
-            z = _slopes(_logits(y[i], w, b, s), token[i], None if g_logp is None else g_logp[i],
+            z = _slopes(_widened(d[inner], s), token[i], None if g_logp is None else g_logp[i],
                         None if g_h is None else g_h[i])  # fmt: skip
             d[inner] = z if s is None else z.mul_(s[:, None])
         if dx is not None:

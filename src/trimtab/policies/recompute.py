@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trimtab.policies.lean import lean
 from trimtab.policies.packing import attending
 
 
@@ -23,8 +24,7 @@ def recomputed(model: Any) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def contexts() -> tuple[Any, Any]:
-        # The backward comes when the attention of the forward has long been put back.
-        return contextlib.nullcontext(), attending(model, model.config._attn_implementation)
+        return contextlib.nullcontext(), _as_now(model, model.config._attn_implementation)
 
     for layer in layers if torch.is_grad_enabled() else []:
         layer.forward = partial(
@@ -35,6 +35,13 @@ def recomputed(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+@contextlib.contextmanager
+def _as_now(model: Any, attention: str) -> Iterator[None]:
+    """The backward comes when the attention and the adapters of the forward have long been put back."""
+    with attending(model, attention), lean(model):
+        yield
 
 
 def can_recompute(model: Any) -> bool:

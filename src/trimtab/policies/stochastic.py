@@ -39,6 +39,9 @@ class Gaussian(nn.Module):
     from the action itself, which stays 1e-6 of half the interval away from its ends.
     """
 
+    half_width: Tensor
+    middle: Tensor
+
     def __init__(
         self,
         inputs: Inputs,

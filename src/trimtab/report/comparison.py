@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.report import reliable
 from trimtab.report.compare import Curve, curve, overlay
 from trimtab.report.folder import RunFolder
 from trimtab.report.keys import dead_share, look_up
@@ -16,11 +17,11 @@ from trimtab.report.plots import SMALL
 from trimtab.report.records import write_atomic
 from trimtab.report.style import CYCLE, Theme
 from trimtab.report.transcripts import clean
-from trimtab.report.words import count, duration
+from trimtab.report.words import LANGUAGE, WORDS, Words, count, duration
 
 Made = Mapping[str, Any]
 _X = "decisions of the policy"
-_DECIDES = "The mean of the last three evaluations on held-out problems"
+_DECIDES = "The mean of the last three held-out evaluations"
 
 
 def write_comparison(out: str | Path, made: Made) -> Path:
@@ -35,11 +36,12 @@ def write_comparison(out: str | Path, made: Made) -> Path:
     }
     folders = {arm: mine for arm, mine in folders.items() if mine}
     held_out = {arm: [curve(f, "held-out", "decisions") for f in mine] for arm, mine in folders.items()}
-    measure = _measure(folders)
+    words = WORDS["control"] if made.get("reliable", []) else LANGUAGE
+    measure = _measure(folders, words)
 
     def picture(theme: Theme) -> bytes:
-        title = "Held-out problems"
-        return overlay(held_out, title=title, x_label=_X, y_label=measure, theme=theme, name="held-out")
+        title, share = f"Held-out {words.problem}s", None if words.shares else False
+        return overlay(held_out, title=title, x_label=_X, y_label=measure, theme=theme, name="held-out", share=share)
 
     for theme in ("light", "dark"):
         (out / f"held-out-{theme}.svg").write_bytes(picture(theme))
@@ -47,7 +49,8 @@ def write_comparison(out: str | Path, made: Made) -> Path:
         section(name, title, inside)
         for name, title, inside in (
             ("effects", "Against the first", _forest(made)),
-            ("curves", "Curves", _curves(made, folders, picture("page"))),
+            ("curves", "Curves", _curves(made, folders, picture("page"), words)),
+            ("reliable", "Robust summaries", _reliable(made)),
             ("table", "Every measure", _measures(made)),
             ("seeds", "Seed by seed", _by_seed(made)),
             ("differs", "What differs", _differences(made)),
@@ -59,10 +62,10 @@ def write_comparison(out: str | Path, made: Made) -> Path:
     return path
 
 
-def _measure(folders: Mapping[str, Sequence[RunFolder]]) -> str:
+def _measure(folders: Mapping[str, Sequence[RunFolder]], words: Words) -> str:
     """What the evaluations averaged, and over how many problems."""
     last = next(iter(folders.values()))[0].evaluations()[-1]
-    return f"{last.get('measure', 'mean')} on {count(int(last['n']), 'problem')}"
+    return f"{last.get('measure', 'mean')} on {count(int(last['n']), words.problem)}"
 
 
 def _title(made: Made) -> str:
@@ -84,7 +87,7 @@ def _top(made: Made) -> str:
     listed += "".join(f'<li class="calm">{clean(note)}</li>' for note in made["notes"])
     ((unit, n),) = made["budget"].items()
     facts = {
-        "policy": made["task"]["policy"],
+        **({"policy": made["task"]["policy"]} if made["task"]["policy"] else {}),
         "environment": made["task"]["environment"],
         "seeds": ", ".join(map(str, made["seeds"])),
         "budget of a run": f"{n:,} decisions" if unit == "decisions" else f"that of {n:,} turns of {made['base']}",
@@ -162,20 +165,22 @@ _PANELS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | None]]
 )
 
 
-def _curves(made: Made, folders: Mapping[str, Sequence[RunFolder]], held_out: bytes) -> str:
+def _curves(made: Made, folders: Mapping[str, Sequence[RunFolder]], held_out: bytes, words: Words) -> str:
     history = {arm: [f.metrics() for f in mine] for arm, mine in folders.items()}
     large = [(held_out, "Thick: the mean over seeds. Thin: each seed.")]
     rewards = _series(history, lambda r: look_up(r, "reward"))
     if rewards:
         picture = overlay(
-            rewards, title="Reward while training", x_label=_X, theme="page", name="reward", smoothed=True, seeds=False
-        )
-        large.append((picture, "The mean over seeds, smoothed, on the problems it trains on."))
+            rewards, title=f"{words.reward.capitalize()} while training", x_label=_X, theme="page", name="reward",
+            smoothed=True, seeds=False, y_label=f"mean {words.reward}", share=None if words.shares else False,
+        )  # fmt: skip
+        large.append((picture, "The mean over seeds, smoothed, while it trains."))
     small = []
     for i, (title, unit, hint, read) in enumerate(_PANELS):
         if series := _series(history, read):
+            named = title.replace("Response", words.response)
             picture = overlay(
-                series, title=title, x_label="decisions", y_label=unit, theme="page", name=f"panel{i}", size=SMALL,
+                series, title=named, x_label="decisions", y_label=unit, theme="page", name=f"panel{i}", size=SMALL,
                 smoothed=True, seeds=False, whole=False, labels=False,
             )  # fmt: skip
             small.append((picture, hint))
@@ -245,6 +250,18 @@ def _measures(made: Made) -> str:
         + lead.format("<br>Against the first, paired by seed: the mean difference and its 95% interval.")
         + _table(more, paired)
     )
+
+
+def _reliable(made: Made) -> str:
+    """Interquartile means and chances to beat the base; nothing where scores are no returns."""
+    if not made.get("reliable", []):
+        return ""
+    lead = (
+        f"{_DECIDES}, over seeds. The interquartile mean leaves out the lowest and the highest quarter; the chance is "
+        f"that of one run to end above one of {made['base']} (50% is no difference). 95% bootstrap intervals over "
+        "seeds, after Agarwal et al. 2021; they too are rough with few seeds."
+    )
+    return f'<p class="lead">{clean(lead)}</p>' + _table(reliable.HEADS, reliable.rows(made.get("reliable", [])))
 
 
 def _by_seed(made: Made) -> str:

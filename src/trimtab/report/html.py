@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.report import plots
-from trimtab.report.diagnose import diagnose
+from trimtab.report.diagnose import findings
 from trimtab.report.folder import RunFolder, RunFolderError
 from trimtab.report.guide import GUIDES, LANGUAGE
-from trimtab.report.keys import LOSS, failure_kinds, look_up
+from trimtab.report.keys import LOSS, Panel, failure_kinds, look_up
 from trimtab.report.page import document, section
 from trimtab.report.records import write_atomic
 from trimtab.report.story import Point, Story, facts, tell
@@ -154,13 +154,13 @@ def _bar(name: str, point: Point, x: Callable[[float], float], y: int, colour: s
 
 
 def _findings(history: Sequence[Record], words: Words) -> str:
-    said = diagnose([dict(r) for r in history])
+    said = [sentence for kind, sentence in findings([dict(r) for r in history]) if kind not in words.mute]
     if said:
         return f'<ul class="findings">{"".join(f"<li>{clean(s)}</li>" for s in said)}</ul>'
     if not history:
         return ""
-    more = ", dead groups, failures and the sampler's agreement" if words is LANGUAGE_WORDS else ""
-    calm = f"Nothing stands out: entropy, clip rate, gradient norm{more}."
+    looked = "entropy, clip rate, gradient norm, dead groups, failures and the sampler's agreement"
+    calm = f"Nothing stands out: {looked if words is LANGUAGE_WORDS else 'clip rate and gradient norm'}."
     return f'<ul class="findings"><li class="calm">{calm}</li></ul>'
 
 
@@ -181,8 +181,8 @@ def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: s
         large.append((plots.eval_figure(evaluations, theme="page", name=measure, words=words), ""))
     known: list[tuple[bytes, str]] = []
     other: list[tuple[bytes, str]] = []
-    for panel, picture in plots.panel_figures(history, theme="page"):
-        hint = f"{loss.partition(':')[0]} (see below)." if panel.title == LOSS else panel.hint
+    for panel, picture in plots.panel_figures(history, theme="page", words=words):
+        hint = f"{loss.partition(':')[0]} (see below)." if panel.title == LOSS else _hint(panel, words)
         (known if panel.series else other).append((picture, hint))
     folded = (
         f"<details><summary>{count(len(other), 'more picture')}: everything else that was measured</summary>"
@@ -191,6 +191,10 @@ def _curves(history: Sequence[Record], evaluations: Sequence[Record], measure: s
         else ""
     )
     return _plots(large, "large") + _plots(known, "small") + folded
+
+
+def _hint(panel: Panel, words: Words) -> str:
+    return "" if panel.title.lower() in words.mute else panel.hint
 
 
 def _plots(pictures: Sequence[tuple[bytes, str]], size: str) -> str:

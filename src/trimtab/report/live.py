@@ -196,7 +196,7 @@ class LiveView:
         if not last and self._updates > 1 and now - self._diagnosed < _DIAGNOSE:
             return
         self._diagnosed = now
-        found = findings([*self._start, *self._recent])
+        found = [f for f in findings([*self._start, *self._recent]) if f[0] not in self._words.mute]
         self._finding = _safe(found[0][1]) if found else ""
         if self.mode == "plain":
             for kind, sentence in found:

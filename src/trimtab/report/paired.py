@@ -12,6 +12,7 @@ import numpy as np
 
 from trimtab.report.intervals import detectable, paired_interval
 from trimtab.report.keys import look_up
+from trimtab.report.reliable import summarised
 from trimtab.report.words import count, is_number, number
 
 Record = Mapping[str, Any]
@@ -32,7 +33,7 @@ PRIMARY = "last_three"
 class Run:
     """One arm with one seed. values: by key of METRICS, those that could be measured; none unless it finished.
 
-    state: "finished", "failed" or "unfinished"; reason: why it failed.
+    state: "finished", "failed" or "unfinished"; reason: why it failed. unit: of the values, where they are returns.
     """
 
     arm: str
@@ -44,6 +45,7 @@ class Run:
     updates: int = 0
     decisions: int = 0
     seconds: float = 0.0
+    unit: str = ""
 
 
 def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequence[Record]) -> Run:
@@ -67,7 +69,8 @@ def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequen
     known = {key: value for key, value in values.items() if value is not None}
     turns, updates, decisions = (int(last.get(key, 0)) for key in ("turn", "updates", "decisions"))
     seconds = float(last.get("seconds", 0.0))
-    return Run(arm, seed, known, turns=turns, updates=updates, decisions=decisions, seconds=seconds)
+    unit = str(evaluations[-1].get("unit", "")) if evaluations else ""
+    return Run(arm, seed, known, turns=turns, updates=updates, decisions=decisions, seconds=seconds, unit=unit)
 
 
 def _mean(values: Sequence[Any]) -> float | None:
@@ -87,13 +90,15 @@ def _area(evaluations: Sequence[Record]) -> float | None:
 
 
 def compared(arms: Sequence[str], seeds: Sequence[int], runs: Sequence[Run]) -> dict[str, Any]:
-    """`arms` (each by itself), `rows` (each arm against the first, by metric), `conclusions` and `notes`.
+    """`arms` (each by itself), `rows` (each arm against the first, by metric), `conclusions` and `notes`; of returns
+    also `reliable`, summaries that a few odd seeds do not sway.
 
     arms: the first is the base. runs: at most one an arm and seed. Only seeds that finished under both arms of a row
     are paired, and how many of how many that was is part of the row and of its conclusion.
     """
     base, by = arms[0], {(r.arm, r.seed): r for r in runs}
     alone = [_alone(arm, seeds, by, runs) for arm in arms]
+    ended = [r for r in runs if r.state == "finished"]
     rows = [
         row
         for arm in arms[1:]
@@ -105,13 +110,14 @@ def compared(arms: Sequence[str], seeds: Sequence[int], runs: Sequence[Run]) -> 
         "primary": PRIMARY,
         "arms": alone,
         "rows": rows,
+        "reliable": summarised(arms, ended, PRIMARY) if all(r.unit == "return" for r in ended) else [],
         "conclusions": [_conclusion(base, arm, rows, seeds, by) for arm in arms[1:]],
         "notes": _notes(arms, seeds, alone),
     }
 
 
 def _is_share(metric: str, runs: Sequence[Run]) -> bool:
-    return all(0 <= r.values[metric] <= 1 for r in runs if metric in r.values)
+    return all(0 <= r.values[metric] <= 1 and not r.unit for r in runs if metric in r.values)
 
 
 def _alone(arm: str, seeds: Sequence[int], by: Mapping[tuple[str, int], Run], runs: Sequence[Run]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def reward_figure(history: Records, fmt: Format = "svg", theme: Theme = "light",
     with styled(theme) as colours:
         figure, ax = _one(LARGE)
         if np.isfinite(y).any():
-            xs, ys, lows, highs = _thin(x, y, low, high)
+            known = np.isfinite(y)  # where few turns have one, as where episodes end now and then, a line joins those
+            xs, ys, lows, highs = _thin(x[known], y[known], low[known], high[known])
             band = np.isfinite(lows) & np.isfinite(highs)
             if band.any():
                 ax.fill_between(
@@ -115,7 +116,9 @@ def _points_with_interval(
     ax.plot(x, y, "-o", color=colour, ms=4.2, mew=0, lw=1.9)
 
 
-def panel_figures(history: Records, fmt: Format = "svg", theme: Theme = "light") -> list[tuple[Panel, bytes]]:
+def panel_figures(
+    history: Records, fmt: Format = "svg", theme: Theme = "light", words: Words = LANGUAGE
+) -> list[tuple[Panel, bytes]]:
     """One small picture for each panel of `keys.arrange`: every numeric key but the reward appears in exactly one."""
     x, x_label = _turns(history)
     out = []
@@ -123,7 +126,7 @@ def panel_figures(history: Records, fmt: Format = "svg", theme: Theme = "light")
         with styled(theme) as colours:
             figure, ax = _one(SMALL)
             _panel(ax, history, panel, keys, x, colours)
-            tidy(ax, x_label, panel.unit, panel.title)
+            tidy(ax, x_label, panel.unit, panel.title.replace("Response", words.response))
             out.append((panel, render(figure, fmt, theme, f"panel{index}")))
     return out
 

@@ -26,16 +26,23 @@ LOSS_IN_CONTROL = (
 
 @dataclass(frozen=True)
 class Words:
-    """What things are called in a world. shares: rewards in [0, 1] are shares, and shown in percent."""
+    """What things are called in a world. shares: rewards in [0, 1] are shares, and shown in percent. mute: findings of
+    `diagnose` that mean nothing here: the entropy of real-valued actions is relative, and passes 0 on its way.
+    """
 
     reward: str = "reward"
     problem: str = "problem"
+    response: str = "Response"
     decision: str = "token"
     shares: bool = True
+    mute: frozenset[str] = frozenset()
 
 
 LANGUAGE = Words()
-WORDS = {"language": LANGUAGE, "control": Words("return", "episode", "decision", shares=False)}
+WORDS = {
+    "language": LANGUAGE,
+    "control": Words("return", "episode", "Episode", "decision", shares=False, mute=frozenset({"entropy"})),
+}
 
 
 def words_of(world: Any) -> Words:

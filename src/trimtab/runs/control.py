@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.core.errors import EnvironmentFailure
 from trimtab.core.loop import Step
@@ -19,7 +19,7 @@ from trimtab.core.method import Method
 from trimtab.core.state import State
 from trimtab.environments.gym import GymEnvironment
 from trimtab.environments.spec import FORMS, KINDS
-from trimtab.returns import HELD_OUT, MOST_AT_ONCE, Returns, evaluated
+from trimtab.returns import HELD_OUT, MOST_AT_ONCE, Returns, current, evaluated
 from trimtab.runs.request import Request
 
 PACKAGES = ("gymnasium", "mujoco", "minigrid")
@@ -62,11 +62,18 @@ class ControlExperiment:
         return iter(())
 
     def export(self, folder: Path, state: State) -> None:
-        """`NAME.safetensors` for every network, and `model.json`: how to build them again, what acts read beside."""
+        """`NAME.safetensors` for every network, `acting.safetensors` with what acting reads beside (running moments),
+        and `model.json` with what builds them again.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name, module in self.models.items():
             tensors = {key: t.detach().contiguous().clone() for key, t in module.state_dict().items()}
             save_file(tensors, folder / f"{name}.safetensors")
+        now = current(state, self.method)
+        keys = {key for p in now.pieces if p.stage == "act" for q in p.walk() for key in q.state}
+        acting = {f"{key}/{name}": t for key in keys for name, t in tensors_of(state.pieces[f"/{key}"]).items()}
+        if acting:
+            save_file(acting, folder / "acting.safetensors")
         made = {
             "method": self.request.method,
             "set": list(self.request.set),
@@ -78,6 +85,18 @@ class ControlExperiment:
     def close(self) -> None:
         self.environment.close()
         self.exam.close()
+
+
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """The numbers and tensors of an object with `state_dict`, by name; numbers in float64."""
+    if isinstance(value, Tensor) or not hasattr(value, "state_dict"):
+        return {"value": torch.as_tensor(value)} if isinstance(value, Tensor | int | float) else {}
+    tree = value.state_dict()
+    return {
+        name: v.clone() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+        for name, v in tree.items()
+        if isinstance(v, Tensor | int | float)
+    }
 
 
 def _installed(name: str) -> bool:

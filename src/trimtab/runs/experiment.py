@@ -144,24 +144,27 @@ def _go(
         if not tally.before:
             _record_evaluation(made, folder, view, tally, state, stage="before")
         loop = run(made.method, made.environment, made.models, until=request.budget, state=state, memory=request.memory)
+        state.clock.budget = request.budget  # what is due follows from progress, also in the first turn after a resume
         started, before = time.perf_counter(), state.clock.progress
         for step in saved_if_not_finite(loop, state, folder, request.keep):
             tally.seconds += time.perf_counter() - started
             tally.pending.append(made.measured(step))
             last = state.clock.reached(request.budget)
             evaluating = last or request.evaluations.due(state.clock, before)
-            saving = last or interrupted() or request.saves.due(state.clock, before)
+            saving = last or request.saves.due(state.clock, before)
             if evaluating or saving or records.due(state.clock, before):
                 _record_turn(made, folder, view, tally, step)
             if step.turn == 1 or evaluating:
                 folder.write_samples(made.sample(step))
             if evaluating:
                 _record_evaluation(made, folder, view, tally, state, "after" if last else f"turn {step.turn}")
-            if saving:
+            tally.stopped = interrupted() and not last
+            if tally.stopped and tally.pending:
+                _record_turn(made, folder, view, tally, step)
+            if saving or tally.stopped:
                 folder.sync()
                 save(state, folder.checkpoints, keep=request.keep)
-            if interrupted() and not last:
-                tally.stopped = True
+            if tally.stopped:
                 break
             started, before = time.perf_counter(), state.clock.progress
         if not tally.stopped:
@@ -222,7 +225,9 @@ def evaluate_folder(
     trained = request_of(folder)
     asked = {"eval_problems": problems, **{f"eval_{name}": value for name, value in options.items()}}
     request = replace(trained, **{name: value for name, value in asked.items() if value is not None})
-    if env is not None:
+    if env is not None and world_of(trained.method) == "control":  # its networks fit the spaces that it trained in
+        request = replace(request, eval_env=env)
+    elif env is not None:
         request = replace(request, env=env, eval_env=None, reward=None, prompt=None)
     started = time.perf_counter()
     with closing(build(request)) as made:

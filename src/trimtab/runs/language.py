@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from trimtab.core.batch import Batch
-from trimtab.core.errors import MethodError
+from trimtab.core.errors import EnvironmentFailure, MethodError
 from trimtab.core.loop import Step
 from trimtab.core.method import Method
 from trimtab.core.state import State
+from trimtab.core.terms import rows_of
+from trimtab.environments.spec import FORMS
 from trimtab.evaluation import Evaluation, answer_length
 from trimtab.report.intervals import mean_interval
 from trimtab.runs.request import Request
@@ -83,6 +86,12 @@ def build_language(request: Request, method: Method) -> LanguageExperiment:
             f"{request.method} trains a language policy that it is given: add --policy smollm2, tiny, nano, a Hugging "
             "Face id, or a model folder"
         )
+    for text in (request.env, request.eval_env or ""):
+        if re.search(r"-v\d+(\(|$)", text.strip()) and ".jsonl" not in text and ":" not in text:
+            raise EnvironmentFailure(
+                f"{request.method} is a language method, and {text!r} looks like a Gymnasium id, in which a control "
+                f"method acts (trimtab methods lists them). {FORMS}"
+            )
     quiet.disable_progress_bar()
     rules: dict[str, Any] = {"seed": request.seed, "reward": request.reward, "prompt": request.prompt}
     environment = load_environment(request.env, **rules)
@@ -101,8 +110,9 @@ def of_batch(batch: Batch, logs: Mapping[str, float]) -> dict[str, float]:
     and no interval is given then.
     """
     made: dict[str, float] = {}
-    if "reward" in batch:
-        mean, low, high = mean_interval(batch.score().tolist())
+    played = rows_of(batch, "policy")  # demonstrations and replayed rows are not this policy's outcome
+    if "reward" in batch and bool(played.any()):
+        mean, low, high = mean_interval(batch.score()[played].tolist())
         made["reward"] = mean
         if abs(mean - logs.get("reward", mean)) < 1e-4:
             made |= {"reward_low": low, "reward_high": high}

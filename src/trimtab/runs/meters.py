@@ -50,6 +50,8 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
     if packet in flop_registry:
         return float(flop_registry[packet](*args, **kwargs, out_val=out))
     name = getattr(packet, "__name__", "")
+    if name == "_linear_pointwise":  # a product with a weight in the order of the machine
+        return 2.0 * args[0].numel() * out.shape[-1]
     if name == "_scaled_dot_product_flash_attention_for_cpu":  # torch counts the GPU's kernels only
         return _attention(args[0], args[1])
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":

@@ -24,6 +24,8 @@ from trimtab.runs.export import choose
 from trimtab.runs.request import request_of
 from trimtab.runs.worlds import build, world_of
 
+# What draws without a display: MuJoCo and pygame read these when they first draw.
+OFF_SCREEN = {"MUJOCO_GL": "egl", "SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
 HEIGHT = 240  # pixels at most; a larger picture is thinned to whole steps
 FRAMES = 500  # of a video at most; of a longer episode every k-th step is shown
 
@@ -48,7 +50,8 @@ def watch(
         raise WatchError(f"{run} is a run of {request.method}, a language method; there is no episode to look at")
     if f"video.{kind}" not in VIDEOS or episode < 0 or steps < 1:
         raise WatchError(f"kind={kind!r}, episode={episode}, steps={steps}: the kind is mp4 or gif, the others count")
-    os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen; read when MuJoCo first draws
+    for name, value in OFF_SCREEN.items():
+        os.environ.setdefault(name, value)
     with closing(build(request)) as made:
         assert isinstance(made, ControlExperiment)
         state = begin(made.method, made.environment, made.models, seed=request.seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from trimtab.core.batch import Batch
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
@@ -24,3 +27,27 @@ def logp_old(kit: Kit, batch: Batch, *, always: bool = False) -> Batch:
 def logp_ref(kit: Kit, batch: Batch) -> Batch:
     """`logp_ref` [N, T]: log-probability of each decision under the copy named "reference"."""
     return batch.put(logp_ref=kit.evaluate("reference", batch, {"logp"})["logp"])
+
+
+def _every_sane(options: Mapping[str, Any]) -> str | None:
+    every = options["every"]
+    return None if isinstance(every, int) and every >= 1 else f"every={every!r} must be a whole number, at least 1"
+
+
+@piece("annotate", slot="sampler_mismatch", reads=("action", "mask", "logp_behavior"))
+def sampler_mismatch(kit: Kit, batch: Batch, *, every: int = 1) -> Batch:
+    """How far the sampler's log-probabilities are from the trainer's, before the first update of each `every`th batch.
+
+    With d = log pi(a) - logp_behavior over the decisions, logs `mismatch` = mean |d|, `mismatch_max` = max |d| and
+    `mismatch_kl` = mean(exp(d) - 1 - d) >= 0, an estimate of KL(sampler || trainer) in nats (Schulman 2020). All are 0
+    for a sampler that is the trainer's policy. It costs a forward pass: `method.then(sampler_mismatch(every=10))`.
+    """
+    if kit.clock.turns % every:
+        return batch
+    decisions = batch.mask.bool()
+    d = (kit.evaluate("policy", batch, {"logp"})["logp"] - batch.logp_behavior)[decisions].double()
+    if len(d):
+        kit.log("mismatch", d.abs().mean())
+        kit.log("mismatch_max", d.abs().max())
+        kit.log("mismatch_kl", (d.exp() - 1 - d).mean())
+    return batch

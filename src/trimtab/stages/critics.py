@@ -169,7 +169,7 @@ def climb(kit: Kit, batch: Batch, now: Now) -> Term:
 
 @piece("loss", reads=("obs", "noise", "mask"), wants=("sample", "sample_logp"), uses=("critic",), rows=None)
 def soft_climb(kit: Kit, batch: Batch, now: Now, *, temperature: Callable[[], float | Tensor]) -> list[Term]:
-    """`alpha log pi(a|s) - min_i Q_i(s, a)`, `a` made by the policy from `noise`, `[N, T]` (Haarnoja et al. 2018, eq. 9).
+    """`alpha log pi(a|s) - min_i Q_i(s, a)`, a made by the policy from `noise`, `[N, T]` (Haarnoja et al. 2018, eq. 9).
 
     Metric `entropy`: `-log pi(a|s)` of those actions.
     """
@@ -210,8 +210,8 @@ def fresh_sample(kit: Kit, batch: Batch, now: Now) -> Batch:
 def hold_entropy(batch: Batch, now: Now, *, target: float | None = None, log: bool = True) -> list[Term]:
     """`-log alpha (log pi + H)`, or `-alpha (log pi + H)` with log=False, log pi a constant; H the wanted entropy.
 
-    An entropy below H makes alpha rise. target: H; None is minus the number of action dimensions (Haarnoja et al. 2018b,
-    eq. 18). Metric `alpha`.
+    An entropy below H makes alpha rise. target: H; None is minus the number of action dimensions (Haarnoja et al.
+    2018b, eq. 18). Metric `alpha`.
     """
     wanted = -float(batch["action"][0, 0].numel()) if target is None else target
     strength = now["log_temperature" if log else "temperature"]

@@ -81,7 +81,9 @@ def ring(
 
 
 @piece("part")
-def importance(batch: Batch, now: Now, bounded: Tensor | None, *, ratio: Callable[..., Tensor]) -> Tensor:
+def importance(
+    batch: Batch, now: Now, bounded: Tensor | None, bound: Bound | None, *, ratio: Callable[..., Tensor]
+) -> Tensor:
     """`sg(r)`: importance sampling by a ratio of its own, which need not be the one that is bounded."""
     return ratio(batch, now).detach()
 
@@ -92,7 +94,7 @@ def _temp_sane(options: Mapping[str, Any]) -> str | None:
 
 
 @piece("part", reads=("advantage",), validate=_temp_sane)
-def exp_advantage(batch: Batch, now: Now, bounded: Tensor | None, *, temp: float = 1.0) -> Tensor:
+def exp_advantage(batch: Batch, now: Now, bounded: Tensor | None, bound: Bound | None, *, temp: float = 1.0) -> Tensor:
     """`exp(A / temp)`: better decisions weigh more (RED-Weight, arXiv 2509.24203); temp -> inf is no weight."""
     return (batch.advantage / temp).exp()
 

@@ -155,7 +155,7 @@ def surrogate(
     b = bound(batch, now, r) if bound else None
     value = shape(batch, now, advantage, r, b)
     if weight is not None:
-        value = value * weight(batch, now, r).detach()
+        value = value * weight(batch, now, r, b).detach()
     terms = [Term(value, "surrogate")]
     with torch.no_grad():
         if b is not None and r is not None:

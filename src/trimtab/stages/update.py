@@ -64,7 +64,7 @@ def adamw(
 
 def descend(
     optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
+    parameters: list[Tensor],
     made: Gradient,
     clip: float | None,
     settings: Mapping[str, Any],
@@ -88,7 +88,7 @@ def descend(
 @torch.no_grad()
 def _fused(
     optimizer: torch.optim.AdamW,
-    parameters: list[torch.nn.Parameter],
+    parameters: list[Tensor],
     grads: list[Tensor],
     scale: float,
     settings: Mapping[str, Any],

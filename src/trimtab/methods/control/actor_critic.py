@@ -105,12 +105,15 @@ def ppo(
     Stable-Baselines3, where a cut is bootstrapped too.
     horizon: steps of each environment for one batch. rows, passes: decisions in a minibatch, and passes over the batch
     in a new random order each time. lr: Adam's (eps 1e-5); a schedule stands still within a batch where the budget of
-    the run is in turns or decisions. normalise_advantage: by the mean and deviation of each minibatch. normalise_obs,
-    scale_reward: by running moments, clipped to +-10 (`normalised_obs`, `scaled_reward`). target_kl: leave the batch
-    once the estimated KL of a minibatch is above 1.5 times this, before its step, as in Stable-Baselines3 (CleanRL
-    looks at the end of a pass, which is not offered). clip_norm: largest gradient norm of policy and value together.
-    init: "orthogonal" (gains sqrt 2, policy 0.01, value 1) or "torch". action_map: "tanh" keeps actions inside their
-    bounds by the policy itself; "none" leaves that to the environment, which clips.
+    the run is in turns or decisions. gamma, lam, truncation: of `gae`. clip_at: how far from 1 the ratio counts.
+    entropy_coef: what a unit of entropy is worth; at 0 it is not computed. normalise_advantage: by the mean and
+    deviation of each minibatch. normalise_obs: by running moments, clipped to +-10 (`normalised_obs`); not for numbered
+    observations. scale_reward: by the running deviation of the discounted return, clipped to +-10 (`scaled_reward`).
+    target_kl: leave the batch once the estimated KL of a minibatch is above 1.5 times this, before its step, as in
+    Stable-Baselines3 (CleanRL looks at the end of a pass, which is not offered). clip_norm: largest gradient norm of
+    policy and value together. hidden, activation: of the policy and, separately, of the value. init: "orthogonal"
+    (gains sqrt 2, policy 0.01, value 1) or "torch". action_map: "tanh" keeps actions inside their bounds by the policy
+    itself; "none" leaves that to the environment, which clips.
     """
     ratio = surrogate(ratio=token_ratio(), bound=clip(clip_at, clip_at), shape=pessimistic())
     losses = (ratio, approx_kl(), value_error(coef=value_coef, clip=value_clip), *entropy_pieces(entropy_coef))

@@ -41,7 +41,7 @@ def ddpg(
     """Deterministic policy gradient from replay, one update a step; the defaults, and "cleanrl", are CleanRL's.
 
     batch, capacity, warmup: decisions drawn for an update, kept, and made at random before the first one. exploration:
-    deviation of the noise while collecting, in half widths of the action's box; 0 explores by the first decisions alone.
+    deviation of the noise while collecting, in half widths of the action's box; 0 leaves it to those first decisions.
     tau in (0, 1]: how far targets move. gamma in [0, 1]. matmul: "bfloat16" rounds the factors of the products between
     hidden layers; parameters, optimiser and everything else stay in float32.
     """

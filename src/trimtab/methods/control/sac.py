@@ -76,23 +76,25 @@ def sac(
     options = {} if matmul == "float32" else {"matmul": matmul}
     temperature = learned() if alpha is None else constant(alpha)
     critic = (soft_target(temperature=temperature, gamma=gamma), td_error(scale=scale))
-    climbing = soft_climb(temperature=temperature)
-    shared, actor = (action_noise(),), (climbing,)
-    if delay > 1:  # on the other updates nobody would read it
-        shared, actor = (), (action_noise(), climbing)
+    shared = [action_noise()] if delay == 1 else []  # with a delay, on most updates nobody would read it
+    actor = [] if delay == 1 else [action_noise()]
+    actor.append(soft_climb(temperature=temperature))
     tracks = [
         Track("critic", "critic", critic, adamw(lr=lr if critic_lr is None else critic_lr)),
-        Track("policy", "policy", actor, _times(adamw(lr=lr), delay), every=delay),
+        Track("policy", "policy", tuple(actor), _times(adamw(lr=lr), delay), every=delay),
     ]
     networks = {
         "policy": Network("squashed_gaussian", tuple(hidden), "relu", {"spread": spread, **options}),
         "critic": Network("ensemble", tuple(hidden), "relu", {"critics": critics, **options}),
     }
     if alpha is None:
-        hold = hold_entropy(target=entropy, log=log_alpha)
-        shared, own = ((*shared, shared_sample()), (hold,)) if delay == 1 else (shared, (fresh_sample(), hold))
+        own = [hold_entropy(target=entropy, log=log_alpha)]
+        if delay == 1:
+            shared.append(shared_sample())
+        else:
+            own.insert(0, fresh_sample())
         update = _times(adamw(lr=lr if alpha_lr is None else alpha_lr), delay)
-        tracks.append(Track("temperature", "temperature", own, update, every=delay))
+        tracks.append(Track("temperature", "temperature", tuple(own), update, every=delay))
         networks["temperature"] = Network("temperature", ())
     return Method(
         "sac",

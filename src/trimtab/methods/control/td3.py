@@ -1,6 +1,7 @@
 """TD3: DDPG with two critics, a smoothed target and a delayed actor (Fujimoto et al. 2018).
 
-    a' = clip(pi'(s') + c clip(0.2 N(0, 1), -0.5, 0.5), low, high)      y = r + gamma (1 - terminated) min_i Q'_i(s', a')
+    a' = clip(pi'(s') + c clip(0.2 N(0, 1), -0.5, 0.5), low, high)
+    y = r + gamma (1 - terminated) min_i Q'_i(s', a')
 
 Edits to ddpg: two critics and the smaller of their targets; noise on the target's action; actor and all targets move on
 every second update. The actor climbs Q_1. The first update moves the actor, the second does not; the released code has

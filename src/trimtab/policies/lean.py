@@ -1,0 +1,148 @@
+"""The training pass of a plain Llama-like model: what its own layers compute, with less memory and in fewer steps.
+
+Norms, gated layers and low-rank adapters keep their inputs alone for the backward, in the dtype products are taken in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+# Architectures whose layers are a norm, attention, a norm and a gated layer, and nothing else.
+FAMILY = frozenset({LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM})
+
+
+class Adapted(torch.autograd.Function):
+    """`y = x W' + b + s (x A') B'` with a frozen base, products in the dtype `narrow`.
+
+    x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s the scaling. Nothing of the size of y is kept or made
+    twice; `x A'` is computed again in the backward, which can itself be differentiated.
+    Hu et al. 2021 (LoRA), arXiv 2106.09685, eq. 3.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
+        narrow: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scaling, ctx.narrow = scaling, narrow
+        flat, base, narrow_a, narrow_b = (t.to(narrow) for t in (x.flatten(0, -2), weight, a, b))
+        y = F.linear(flat, base, None if bias is None else bias.to(narrow)).addmm_(
+            flat @ narrow_a.T, narrow_b.T, alpha=scaling
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        g, flat, narrow_a, narrow_b = (t.to(ctx.narrow) for t in (upstream[0].flatten(0, -2), x.flatten(0, -2), a, b))
+        inner = g @ narrow_b  # [tokens, r]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (
+                torch.addmm(g @ weight.to(ctx.narrow), inner, narrow_a, alpha=ctx.scaling).view(x.shape).to(x.dtype)
+            )
+        grad_a = (inner.T @ flat).to(a.dtype) * ctx.scaling
+        grad_b = (g.T @ (flat @ narrow_a.T)).to(b.dtype) * ctx.scaling
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class Norm(torch.autograd.Function):
+    """`y = w x / sqrt(mean(x^2) + eps)`, computed in the dtype of x `[..., H]`, given in `narrow`; keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, narrow: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return torch.mul(x * _inverse_size(x, eps), weight, out=torch.empty_like(x, dtype=narrow))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g, inverse = upstream[0].to(x.dtype), _inverse_size(x, ctx.eps)
+        grad_weight = (g * (x * inverse)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        along = g * weight
+        pull = (along * x).mean(-1, keepdim=True) * inverse.pow(3)
+        return along * inverse - x * pull, grad_weight, None, None
+
+
+def _inverse_size(x: Tensor, eps: float) -> Tensor:
+    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return (mean + eps).rsqrt()
+
+
+class Gated(torch.autograd.Function):
+    """`silu(gate) * up`, keeping gate and up alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        (gate, up), g = ctx.saved_tensors, upstream[0]
+        if torch.is_grad_enabled():
+            s = gate.sigmoid()
+            return g * up * s * (1 + gate * (1 - s)), g * gate * s
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+@contextlib.contextmanager
+def lean(model: Any) -> Iterator[None]:
+    """Forwards in here compute plain low-rank adapters and, under autocast, the norms and gates of the layers so.
+
+    Other layers, and other architectures, are left as they are.
+    """
+    changed: list[tuple[Any, Any]] = [(m, _adapted) for m in model.modules() if _plain(m)]
+    autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
+    if autocast and type(model) in FAMILY and model.config.hidden_act == "silu":
+        for layer in model.base_model.layers:
+            changed += [(layer.input_layernorm, _norm), (layer.post_attention_layernorm, _norm), (layer.mlp, _gated)]
+    changed = [(layer, forward) for layer, forward in changed if "forward" not in vars(layer)]
+    for layer, forward in changed:
+        layer.forward = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer, _ in changed:
+            vars(layer).pop("forward", None)
+
+
+def _plain(layer: Any) -> bool:
+    """Whether this is a linear layer, frozen, with one adapter of the plain kind, which is in use and not merged."""
+    base = getattr(layer, "base_layer", None)
+    if type(base) is not nn.Linear or base.weight.requires_grad:
+        return False
+    names = [n for n in getattr(layer, "active_adapters", ()) if n in layer.lora_A]
+    biased = any(m.bias is not None for n in names for m in (layer.lora_A[n], layer.lora_B[n]))
+    in_use = not (layer.disable_adapters or layer.merged or layer.training)
+    return in_use and len(names) == 1 and names[0] not in layer.lora_variant and not biased
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    (name,) = (n for n in layer.active_adapters if n in layer.lora_A)
+    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+    return Adapted.apply(x, base.weight, base.bias, a, b, layer.scaling[name], _narrow(x, base.weight.dtype))
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return Norm.apply(x, norm.weight, norm.variance_epsilon, _narrow(x, x.dtype))
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(Gated.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def _narrow(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype products are taken in here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
