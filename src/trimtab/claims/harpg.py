@@ -32,7 +32,7 @@ ARMS = {
 ARMS |= {
     "steady plain": arm(f"plain momentum, steps of 0.05, eta 0.05, {2 * MANY} episodes a gradient",
                         lambda: find("n_sgdm")(on_tables(2 * MANY), **STEADY)),
-    "steady n_harpg": arm(f"N-HARPG, steps of 0.05, eta 0.05, {MANY} episodes for the gradient, {MANY} for the curvature",
+    "steady n_harpg": arm(f"N-HARPG, steps of 0.05, eta 0.05, {MANY} episodes for gradient and curvature each",
                           lambda: find("harpg")(on_tables(MANY), unit=True, count=MANY, **STEADY)),
     "steady n_pg_igt": arm(f"N-PG-IGT, steps of 0.05, eta 0.05, {2 * MANY} episodes a gradient",
                            lambda: find("n_pg_igt")(on_tables(2 * MANY), **STEADY)),
