@@ -599,3 +599,12 @@ def test_group_normalised_and_balanced_are_values() -> None:
 def test_adding_definitions_is_applying_them() -> None:
     assert (d3s + (bapo + grpo)).name == "d3s+bapo"
     assert (d3s + bapo).flatten() == d3s(bapo()).flatten()
+
+
+def test_a_track_more_does_not_rename_what_the_others_hold() -> None:
+    from trimtab.core.registry import find
+
+    paths = {path for path, _, _ in diff(find("props")(), find("ppo")())}
+    assert "collect.policy" in paths
+    assert "policy:update.lr" not in paths
+    assert not any(path.startswith(("policy:surrogate", "surrogate")) for path in paths), "nothing there was changed"

@@ -90,11 +90,14 @@ class Method:
             return False
         return True
 
-    def flatten(self) -> dict[str, Any]:
-        """`address -> value` of everything in force, in running order. Two methods are equal when these are."""
+    def flatten(self, *, full: bool = False) -> dict[str, Any]:
+        """`address -> value` of everything in force, in running order. Two methods are equal when these are.
+
+        full: name the track of each piece even where there is only one.
+        """
         rows: dict[str, Any] = {}
         for track, slot, p in self.places():
-            rows |= p.flatten(f"{track}:{slot}" if track and len(self.tracks) > 1 else slot)
+            rows |= p.flatten(f"{track}:{slot}" if track and (full or len(self.tracks) > 1) else slot)
         for t in self.tracks:
             rows |= {f"track {t.name}": f"trains {t.trains}, every {t.every}, on {t.on}"}
         rows |= {f"copy {name}": copy for name, copy in self.copies.items()}
@@ -373,7 +376,8 @@ def show(value: Any) -> str:
 
 def diff(a: Method, b: Method) -> list[tuple[str, str, str]]:
     """What differs, as (address, in `a`, in `b`); "" stands for "not there"."""
-    left, right = a.flatten(), b.flatten()
+    several = max(len(a.tracks), len(b.tracks)) > 1  # a track more must not rename what the others hold
+    left, right = a.flatten(full=several), b.flatten(full=several)
     rows = []
     for path in dict.fromkeys([*left, *right]):
         x = show(left[path]) if path in left else ""

@@ -3,7 +3,11 @@
 from trimtab.methods.control import actor_critic as actor_critic
 from trimtab.methods.control import ddpg as ddpg
 from trimtab.methods.control import dqn as dqn
+from trimtab.methods.control import gpomdp as gpomdp
+from trimtab.methods.control import harpg as harpg
 from trimtab.methods.control import natural_gradient as natural_gradient
+from trimtab.methods.control import npg_igt as npg_igt
+from trimtab.methods.control import props as props
 from trimtab.methods.control import sac as sac
 from trimtab.methods.control import td3 as td3
 from trimtab.methods.language import aepo as aepo

@@ -128,7 +128,19 @@ def choices(seed: int) -> Case:
     return Case(PointEnvironment(discrete=True, seed=seed), {}, SMALL, hidden=(5, 4), seed=seed)
 
 
-CASES: dict[str, Callable[[int], Case]] = {"text": text, "pairs": pairs, "steps": steps, "choices": choices}
+def table(seed: int) -> Case:
+    """A random process of four states, one of which ends an episode; at most five steps, a table of logits."""
+    from trimtab.environments.tabular import random_mdp
+    from trimtab.policies.tabular import TableSoftmax
+
+    environment = random_mdp(states=4, horizon=5, final=True, envs=2, seed=seed)
+    policy = TableSoftmax(environment.states, environment.actions, scale=1.0, seed=seed)
+    return Case(environment, {"policy": policy}, {"collect.count": 3})
+
+
+CASES: dict[str, Callable[[int], Case]] = {
+    "text": text, "pairs": pairs, "steps": steps, "choices": choices, "table": table,
+}  # fmt: skip
 
 
 def case(name: str, seed: int = 0) -> Case:

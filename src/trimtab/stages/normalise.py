@@ -136,15 +136,29 @@ def scaled_reward(
 
     `R_t = gamma R_{t-1} + r_t` within an episode, and its variance runs over all decisions up to and including step t
     of this batch. Nothing is subtracted: a reward keeps its sign. The column `reward` stays as the environment gave it.
+    Steps of an earlier batch (`fresh` is 0, where there is such a column) were counted then, and are scaled as of now.
     gamma: of R, the same as that of the credit inside.
     """
-    mask, reward = batch["mask"], batch["reward"].double()
-    over = (batch["terminated"] | batch["truncated"]) & mask
-    running = _so_far(kit, batch, reward, over, gamma)
-    scale = _running_scale(kit.state["return_moments"], running, mask)
+    mask = batch["mask"]
+    fresh = _fresh(batch)
+    over = (fresh["terminated"] | fresh["truncated"]) & fresh["mask"]
+    running = _so_far(kit, fresh, fresh["reward"].double(), over, gamma)
+    scale = _running_scale(kit.state["return_moments"], running, fresh["mask"])
+    if scale.shape[0] < mask.shape[1]:
+        scale = torch.cat([scale[-1:].expand(mask.shape[1] - len(scale)), scale])
     scaled = (batch["reward"] * scale.to(batch["reward"].dtype)).clamp(-clip, clip) * mask
     made = inner(Batch({**batch.columns, "reward": scaled}, batch.guard))
     return Batch({**made.columns, "reward": batch.columns["reward"]}, batch.guard).put(scaled_reward=scaled)
+
+
+def _fresh(batch: Batch) -> Batch:
+    """The steps collected last, where a collect keeps earlier ones before them (`stages.behavior.kept`)."""
+    columns = batch.columns
+    if "fresh" not in columns:
+        return batch
+    length, new = columns["mask"].shape[1], int(columns["fresh"][0].sum())  # type: ignore[union-attr]
+    names = ("reward", "terminated", "truncated", "episode", "mask")
+    return Batch({name: columns[name][:, length - new :] for name in names})  # type: ignore[call-overload]
 
 
 def _so_far(kit: Kit, batch: Batch, reward: Tensor, over: Tensor, gamma: float) -> Tensor:

@@ -21,6 +21,9 @@ STEP_COLUMNS = (
 )  # fmt: skip
 
 
+RAW = ("raw_obs", "raw_next_obs")
+
+
 class Recording:
     """What happens while an actor plays: one entry of every column for each step of all environments.
 
@@ -28,7 +31,7 @@ class Recording:
     each new one once, before it decides.
     """
 
-    def __init__(self, kit: Kit, policy: str) -> None:
+    def __init__(self, kit: Kit, policy: str, raw: bool = False) -> None:
         self.environment, self.actor, self.rng = kit.environment, kit.actor(policy), kit.rng("act")
         self.environment.start()
         self._see: Callable[[Tensor], Tensor] = getattr(self.actor, "see", lambda obs: obs)
@@ -38,11 +41,12 @@ class Recording:
             self._learn(self.environment.obs)
         self._seen = self._see(self.environment.obs)
         self.columns: dict[str, list[Tensor]] = {name: [] for name in STEP_COLUMNS[:-2] if name != "mask"}
+        self.columns |= {name: [] for name in RAW} if raw else {}
 
     def step(self) -> Transition:
         """One decision in every environment."""
         world, columns = self.environment, self.columns
-        seen = self._seen
+        seen, before = self._seen, world.obs
         decision, self._carry = self.actor.act(world.obs, self._carry, self.rng)
         if decision.logp is None:
             raise MethodError(
@@ -56,7 +60,7 @@ class Recording:
         # Where nothing ended the next observation is the one that is seen next, whatever was learned in between.
         after = torch.where(_like(over, self._seen), self._see(made.next_obs), self._seen) if over.any() else self._seen
         values = (seen, decision.action, after, made.reward, made.terminated, made.truncated, made.episode,
-                  decision.logp)  # fmt: skip
+                  decision.logp, before, made.next_obs)  # fmt: skip
         for column, value in zip(columns.values(), values):
             column.append(value)
         return made
@@ -92,13 +96,14 @@ def _sane_steps(options: Mapping[str, Any]) -> str | None:
 
 
 @piece("collect", writes=STEP_COLUMNS, uses=_acting, validate=_sane_steps)
-def steps(kit: Kit, *, horizon: int = 2048, policy: str = "policy") -> Batch:
+def steps(kit: Kit, *, horizon: int = 2048, policy: str = "policy", raw: bool = False) -> Batch:
     """The next `horizon` steps of each of the E environments: E rows of T = horizon decisions, episodes running on.
 
     `next_obs` is the true next observation, before any reset; `episode` is `[E, T]`, the episode of each decision.
-    policy: the model or copy that acts.
+    policy: the model or copy that acts. raw: also write `raw_obs` and `raw_next_obs`, as the environment gave them,
+    for a collect that shows old steps anew.
     """
-    recording = Recording(kit, policy)
+    recording = Recording(kit, policy, raw)
     for _ in range(horizon):
         recording.step()
     columns = recording.stacked()
