@@ -11,13 +11,14 @@ SEED   ?= 0
 # What trimtab is measured against lives in an environment of its own.
 PEERS  ?= .venv-peers/bin/python
 
-.PHONY: help setup run test lint types format docs clean peers bench-language
+.PHONY: help setup run test lint types format docs clean peers bench-language bench-control
 
 help:
 	@echo "make run     install, fetch the model, run the main job, say where its report is"
 	@echo "make test    install, run the whole suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench-language   measure against TRL and transformers; hours, on an idle machine"
+	@echo "make bench-control    measure against Stable-Baselines3, on an idle machine"
 	@echo "make docs    write docs/methods, a page per method, from the methods' definitions"
 
 setup: $(STAMP)
@@ -56,12 +57,15 @@ peers: .venv-peers/.installed
 .venv-peers/.installed: constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
-	  trl==1.16.0 transformers peft accelerate datasets
+	  trl==1.16.0 transformers peft accelerate datasets stable-baselines3==2.9.2 gymnasium mujoco
 	@touch $@
 
 # PEERS=/other/python uses an environment that is there already.
 bench-language: setup $(if $(filter .venv-peers/%,$(PEERS)),peers)
 	$(PY) benchmarks/language.py --peers $(PEERS)
+
+bench-control: setup $(if $(filter .venv-peers/%,$(PEERS)),peers)
+	$(PY) benchmarks/control.py --peers $(PEERS)
 
 clean:
 	rm -rf $(VENV) .venv-peers build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

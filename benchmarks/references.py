@@ -96,7 +96,7 @@ def page() -> str:
         "",
         f"{DECISIONS:,} decisions, {len(SEEDS)} seeds a side, Stable-Baselines3's default settings on both (our preset "
         '"sb3"), ten deterministic episodes every 5,000 decisions. A score is the mean of the last three evaluations; '
-        "intervals are Student's over seeds, at 95%. Made by `python benchmarks/references.py`; every run is in `runs/`.",
+        "intervals are Student's over seeds, at 95%. Made by `python benchmarks/references.py`; runs are in `runs/`.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="curves-dark.svg">'
         '<img src="curves-light.svg" alt="learning curves"></picture>',

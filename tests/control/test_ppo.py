@@ -127,7 +127,7 @@ def test_presets_are_the_numbers_of_their_libraries() -> None:
 # -- what composes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("expression", ["bapo+ppo", "gspo+ppo"])
+@pytest.mark.parametrize("expression", ["bapo+ppo", "gspo+ppo", "d3s+ppo", "d3s+bapo+ppo"])
 @pytest.mark.parametrize("world", ["steps", "choices"])
 def test_methods_of_the_language_world_compose_over_ppo(expression: str, world: str, tmp_path: Any) -> None:
     """A torque is a decision: the surrogate is the same pieces in both worlds, and so the laws hold here too."""

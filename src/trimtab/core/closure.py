@@ -18,7 +18,7 @@ from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
-from trimtab.core.terms import Term, reduce, some_of, split, units, weights
+from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
 SMALL = 2**16  # numbers: of more, a copy takes longer than one norm for each tensor
@@ -89,6 +89,7 @@ class Closure:
     ) -> Gradient:
         """Loss and gradient, summed over micro-batches. Raises NonFiniteError, naming the term, if it is not finite."""
         sums: dict[str, Tensor] = {}
+        summed: dict[str, None] = {}  # the names of terms that are no metrics, in order
         weighed: dict[str, Tensor] = {}  # of metrics: the weight of the decisions that were looked at
         with self._at(params) as at:
             mine = list(at.values())
@@ -96,12 +97,13 @@ class Closure:
             self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
+                summed |= {name: None for name, t in terms.items() if not t.metric}
                 values = {name: t.sum() for name, t in terms.items()}
                 totals: dict[int, Tensor] = {}  # metrics of one loss share their weights
                 for name, v in values.items():
                     sums[name] = sums[name] + v.detach() if name in sums else v.detach()
-                    if terms[name].metric:
-                        weight = terms[name].weight
+                    weight = terms[name].weight
+                    if terms[name].metric and not is_even(weight):  # a metric of even weights is a mean already
                         total = totals[id(weight)] if id(weight) in totals else weight.sum()
                         totals[id(weight)] = total
                         weighed[name] = weighed[name] + total if name in weighed else total
@@ -126,7 +128,7 @@ class Closure:
             reported = {n: v / floor[id(weighed[n])] if n in weighed else v for n, v in sums.items()}
             made = Gradient(loss, dict(zip(at, grads)), reported)
         if not create_graph:
-            self._finite(made, [name for name in sums if name not in weighed])
+            self._finite(made, list(summed))
         return made
 
     def _gradient(self, value: Tensor, mine: list[Tensor], create_graph: bool) -> list[Tensor]:

@@ -112,8 +112,13 @@ def weights(batch: Batch, options: Mapping[str, Any], dtype: torch.dtype) -> Ten
 
 @lru_cache(maxsize=64)
 def _even(n: int, t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same weight for every decision, `[2, n, t]`, held once."""
+    """The same weight for every decision, `[2, n, t]`, held once: a sum weighted by it is a mean."""
     return torch.full((), 1 / (n * t), dtype=dtype, device=device).expand(2, n, t)
+
+
+def is_even(weight: Tensor) -> bool:
+    """Whether weights `[N, T]` are those of `_even`: nothing else holds one number for many places."""
+    return weight.stride() == (0, 0)
 
 
 def _weights(batch: Batch, per: Any, m: Tensor, chosen: Tensor) -> Tensor:
@@ -143,8 +148,8 @@ def reduce(value: Tensor, weight: Tensor, per: object) -> Tensor:
         if per == "row_sum" or isinstance(per, fixed):
             raise MethodError(f"a term with one value per row cannot be reduced per={per!r}; use per='row'")
         weight = weight.sum(1)
-    elif weight.stride() == (0, 0):  # the same everywhere
-        return value.sum() * weight.as_strided((), ())
+    elif is_even(weight):
+        return value.mean(dtype=weight.dtype)
     # Not value * weight alone: a padded decision may hold inf or nan, and 0 * inf is nan.
     return (torch.where(weight != 0, value, torch.zeros_like(value)) * weight).sum()
 

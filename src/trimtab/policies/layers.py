@@ -21,6 +21,10 @@ BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": torch.ops.aten.tanh_backward,
     "relu": lambda grad, made: torch.ops.aten.threshold_backward(grad, made, 0),
 }
+IN_PLACE: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    torch.tanh: torch.tanh_,
+    torch.relu: torch.relu_,
+}
 SMALL = 128  # units; of wider layers the arithmetic takes longer than what autograd does around it
 INITS = ("orthogonal", "torch")
 
@@ -93,7 +97,7 @@ class MLP(nn.Module):
         read = [x]
         with torch.no_grad():
             for one in held[:-1]:
-                read.append(self.activation(F.linear(read[-1], one["weight"], one["bias"])))  # type: ignore[arg-type]
+                read.append(IN_PLACE[self.activation](F.linear(read[-1], one["weight"], one["bias"])))  # type: ignore[arg-type]
             made = F.linear(read[-1], held[-1]["weight"], held[-1]["bias"])  # type: ignore[arg-type]
 
         def back(grad: Tensor) -> list[Tensor]:
