@@ -180,8 +180,8 @@ def page(results: dict[str, Any]) -> str:
         "# Speed: language, against peers",
         "",
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}. "
-        f"SmolLM2-135M, bfloat16 compute. Medians of {results['rounds']} rounds, ours and theirs by turns, each "
-        f"round a process of its own. Made by `make bench-language`.",
+        "SmolLM2-135M, bfloat16 compute. Ours and theirs by turns, each round a process of its own; medians over the "
+        "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',
