@@ -346,3 +346,13 @@ def test_worlds_are_those_of_the_registered_methods() -> None:
     assert world_of("bapo+grpo") == "language"
     with pytest.raises(MethodError, match="there is no method"):
         world_of("grqo")
+
+
+def test_a_language_method_over_a_control_base_acts(tmp_path: Path, say: Say) -> None:
+    assert [world_of(e) for e in ("bapo+ppo", "d3s+bapo+ppo", "bapo", "props+ppo")] == [
+        "control", "control", "language", "control",
+    ]  # fmt: skip
+    words = ["--env", "CartPole-v1", "--decisions", "64", "--set", "collect.horizon=32", "--set", "update.lr=1e-3"]
+    said = say("train", "bapo+ppo", *words, "--rows", "16", "--passes", "1", "--out", str(tmp_path / "run"))
+    assert said.code == 0, said.err
+    assert "report:" in said.out

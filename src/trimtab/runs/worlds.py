@@ -103,8 +103,11 @@ class Experiment(Protocol):
 
 @lru_cache(maxsize=256)
 def world_of(expression: str) -> str:
-    """The world of a method expression. Raises MethodError when there is no such method."""
-    return find(parse(expression).name.partition("+")[0]).world
+    """The world of a method expression: that of what it stands on, so `bapo+ppo` acts in an environment.
+
+    Raises MethodError when there is no such method.
+    """
+    return find(parse(expression).name.rpartition("+")[2]).world
 
 
 def usual(expression: str) -> Usual:
