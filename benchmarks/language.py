@@ -83,6 +83,10 @@ PLAIN = "transformers forward and backward"
 TASK = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=1)"
 
 
+GROWTH = (
+    "Growth, per response token: a larger group shares its prompt and the fixed cost of a pass; a longer response is flat "
+    "from 128 tokens on; a longer prompt costs more, for it is read (once) and every response token attends to all of it."
+)
 IN_THE_WAY = (
     "Only products and attention are counted, so what is missing to 100% is everything else: norms, rotations, softmax "
     "and casts, which read and write as much as the products at this width (576); attention, whose products are small; "
@@ -198,6 +202,8 @@ def page(results: dict[str, Any]) -> str:
         lines.append(
             f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {note} |"
         )
+    if any(r["work"].startswith("growth") for r in results["rows"]):
+        lines += ["", GROWTH]
     return "\n".join([*lines, *(shares(results["phases"]) if "phases" in results else []), ""])
 
 
