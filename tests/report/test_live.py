@@ -130,7 +130,7 @@ def test_the_panel_shows_a_finding_while_it_lasts():
     seen = []
     with view:
         for t in range(1, 31):
-            view._diagnosed = float("-inf")
+            view._lookout.soon()
             view.update({"dead_groups": 0.95 if t < 20 else 0.1}, {"turns": t})
             seen.append("of groups got one reward" in "\n".join(drawn(view)))
         assert (seen[0], seen[3], seen[4], seen[18], seen[-1]) == (False, False, True, True, False)
@@ -173,7 +173,7 @@ def test_findings_are_said_once():
     view, out = plain(every=1000)
     with view:
         for t in range(30):
-            view._diagnosed = float("-inf")
+            view._lookout.soon()
             view.update({"dead_groups": 0.99, "loss": float("nan")}, {"turn": t})
     notes = [line for line in out.getvalue().splitlines() if line.startswith("note")]
     assert len(notes) == 2

@@ -187,6 +187,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
         "turns": state.clock.turns,
         "finished": not tally.stopped,
         "report": str(report),
+        "findings": folder.read_json("findings")["findings"],
     }
 
 
