@@ -100,7 +100,7 @@ class Course:
         return fmean(values[:RECENT]) if len(values) >= RECENT else None
 
     def since(self, name: str, wrong: Callable[[float], bool]) -> float | None:
-        """The turn from which on the mean of the last 5 records was wrong without a break until now; None if it is not."""
+        """The turn since which the mean of the last 5 records was wrong without a break; None if it is not now."""
         series = self.series(name)
         values = [value for _, value in series]
         at = len(values)

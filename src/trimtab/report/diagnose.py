@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.report import rules_policy as policy
 from trimtab.report import rules_steps as steps
-from trimtab.report.course import Course, Finding
+from trimtab.report.course import RECENT, Course, Finding
 
 Records = Iterable[Mapping[str, Any]]
 
@@ -61,12 +61,12 @@ def findings(course: Course, mute: Collection[str] = ()) -> list[Finding]:
 
 
 def checked(course: Course, mute: Collection[str] = ()) -> list[Rule]:
-    """The rules for which the course holds what they read; the others could not have said anything."""
+    """The rules for which the course holds enough of what they read; the others could not have said anything."""
 
     def there(name: str) -> bool:
         if name == "updates":
             return (course.updates_a_turn() or 0.0) >= 2
-        return bool(course.evaluations if name == "evaluations" else course.series(name))
+        return len(course.evaluations) >= 3 if name == "evaluations" else len(course.series(name)) >= RECENT
 
     able = [r for r in RULES if all(any(there(n) for n in read.split("|")) for read in r.reads)] if len(course) else []
     return [rule for rule in able if rule.kind not in mute]

@@ -86,8 +86,8 @@ PANELS: tuple[Panel, ...] = (
             (r"silent_groups", "equal advantages"),
         ),
         share=True,
-        hint="Groups whose responses all got the same reward: they teach nothing. Right is a reward of 1 or more, wrong "
-        "one of 0 or less.",
+        hint="Groups whose responses all got the same reward: they teach nothing. Right is a reward of 1 or more, "
+        "wrong one of 0 or less.",
     ),
     Panel(
         "Response length",

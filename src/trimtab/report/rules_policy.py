@@ -58,18 +58,19 @@ def _pushed(course: Course, turn: float) -> str:
 
 def noise(course: Course) -> Finding | None:
     """The entropy rises out of bounds, and nothing is gained by it."""
-    start, rewards = course.start("entropy"), course.values("reward")
-    if start is None or len(course.values("entropy")) < 2 * RECENT:
+    values = course.values("entropy")
+    if len(values) < 2 * RECENT:
         return None
+    start = values[0]  # a few steps can be enough
     limit = max(NOISE_FACTOR * start, start + NOISE_LEAST)
     turn, now = course.since("entropy", lambda mean: mean > limit), course.now("entropy")
-    if turn is None or now is None or gained(rewards):
+    if turn is None or now is None or gained(course.values("reward")):
         return None
     return Finding(
         "noise",
-        f"Entropy rose to {number(now)} nats from {number(start)} at the start (above {NOISE_FACTOR:.0f} times that "
-        f"since turn {number(turn)}), and the reward does not rise with it: the policy turns into noise. Lower update.lr "
-        "or an entropy bonus, or go back to a checkpoint before it.",
+        f"Entropy rose to {number(now)} nats from {number(start)} at the start (above {number(limit)} since turn "
+        f"{number(turn)}), and the reward does not rise with it: the policy turns into noise. Lower update.lr, go back "
+        "to a checkpoint before it, or price the KL to the start (kl).",
         turn,
         {"entropy": now, "start": start},
     )
@@ -119,6 +120,11 @@ def dead(course: Course) -> Finding | None:
     hard = wrong >= MOSTLY * now if known else level is not None and level < 0.1  # type: ignore[operator]
     if easy:
         advice = "almost every response is right, so the problems have become too easy: stop here, or give harder ones"
+    elif hard and course.values("dead")[0] <= DEAD_SHARE:
+        advice = (
+            "almost every response is wrong, and it was not so at the start, so the policy has collapsed: go back to a "
+            "checkpoint before it, and lower update.lr"
+        )
     elif hard:
         advice = "almost every response is wrong, so the problems are too hard: start easier, or imitate answers first"
     else:
@@ -182,8 +188,8 @@ def value(course: Course) -> Finding | None:
     return Finding(
         "value",
         f"The value function explains {percent(now)} of the variance of its targets (below 0 since turn "
-        f"{number(turn)}): it is worse than their mean, and so are the advantages made with it. Raise value_coef or the "
-        "number of passes, scale the rewards, or lower gamma.",
+        f"{number(turn)}): it is worse than their mean, and so are the advantages made with it. Raise value_coef or "
+        "the number of passes, scale the rewards, or lower gamma.",
         turn,
         {"explained_variance": now},
     )

@@ -126,8 +126,8 @@ def clipped(course: Course) -> Finding | None:
         return None
     return Finding(
         "clip",
-        f"{percent(now)} of decisions were clipped (above {percent(CLIP)} since turn {number(turn)}): more than half of "
-        "the batch teaches nothing. Take fewer passes over a batch, a smaller learning rate, or wider bounds.",
+        f"{percent(now)} of decisions were clipped (above {percent(CLIP)} since turn {number(turn)}): more than half "
+        "of the batch teaches nothing. Take fewer passes over a batch, a smaller learning rate, or wider bounds.",
         turn,
         {"clip": now},
     )
@@ -140,8 +140,8 @@ def one_sided(course: Course) -> Finding | None:
         return None
     upper = high > low
     what = (
-        f"{percent(high)} of decisions are held by the upper bound and {percent(low)} by the lower: good decisions that "
-        "were rare are kept rare, and the entropy falls. Raise surrogate.bound.high, or take fewer passes."
+        f"{percent(high)} of decisions are held by the upper bound and {percent(low)} by the lower: good decisions "
+        "that were rare are kept rare, and the entropy falls. Raise surrogate.bound.high, or take fewer passes."
         if upper
         else f"{percent(low)} of decisions are held by the lower bound and {percent(high)} by the upper: the update is "
         "mostly about making decisions rarer. Take fewer passes, or a method that weighs the sides (bapo)."
@@ -157,8 +157,8 @@ def never_clipped(course: Course) -> Finding | None:
     return Finding(
         "never-clipped",
         f"No decision was clipped in {count(len(values), 'record')}, although each batch gives {number(updates)} "
-        "updates, and the reward does not rise: the steps are so small that the bound is never met. Raise update.lr, or "
-        "take more passes.",
+        "updates, and the reward does not rise: the steps are so small that the bound is never met. Raise update.lr, "
+        "or take more passes.",
         None,
         {"records": len(values), "updates": updates},
     )

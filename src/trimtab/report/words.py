@@ -42,7 +42,7 @@ class Words:
 LANGUAGE = Words()
 WORDS = {
     "language": LANGUAGE,
-    "control": Words("return", "episode", "Episode", "decision", shares=False, mute=frozenset({"entropy", "noise", "gap"})),
+    "control": Words("return", "episode", "Episode", "decision", False, frozenset({"entropy", "noise", "gap"})),
 }
 
 
