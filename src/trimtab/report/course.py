@@ -99,6 +99,11 @@ class Course:
         values = self.values(name)
         return fmean(values[:RECENT]) if len(values) >= RECENT else None
 
+    def means(self, name: str) -> Series:
+        """`(turn, mean of the 5 records up to it)`."""
+        series, values = self.series(name), self.values(name)
+        return [(series[i][0], fmean(values[i + 1 - RECENT : i + 1])) for i in range(RECENT - 1, len(series))]
+
     def since(self, name: str, wrong: Callable[[float], bool]) -> float | None:
         """The turn since which the mean of the last 5 records was wrong without a break; None if it is not now."""
         series = self.series(name)
@@ -120,12 +125,12 @@ class Course:
         return all(0 <= value <= 1 for value in self.values("reward"))
 
 
-def rose(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether the second mean is above the first by more than 2 standard errors of their difference."""
+def rose(before: Sequence[float], after: Sequence[float], sure: float = SURE) -> bool:
+    """Whether the second mean is above the first by more than 2 (`sure`) standard errors of their difference."""
     if len(before) < 2 or len(after) < 2:
         return False
     error = (pvariance(before) / (len(before) - 1) + pvariance(after) / (len(after) - 1)) ** 0.5
-    return fmean(after) - fmean(before) > SURE * error
+    return fmean(after) - fmean(before) > sure * error
 
 
 def still_rises(values: Sequence[float]) -> tuple[float, float] | None:

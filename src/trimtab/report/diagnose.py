@@ -34,6 +34,7 @@ RULES = (  # gravest first
     Rule("grad-norm", "peaks of the gradient norm", steps.grad_norm, ("grad_norm",)),
     Rule("kl", "the KL to the old policy or the reference", steps.kl, ("kl|kl_old",)),
     Rule("noise", "entropy that rises out of bounds", policy.noise, ("entropy",)),
+    Rule("fell", "a reward that fell from its best", policy.fell, ("reward",)),
     Rule("held-out", "held-out problems against the reward in training", policy.held_out, ("evaluations", "reward")),
     Rule("entropy", "collapse of the entropy", policy.entropy, ("entropy", "reward")),
     Rule("width", "the spread of the actions", policy.width, ("action_width|action_entropy", "reward")),

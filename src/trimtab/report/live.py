@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.report.course import Finding
+from trimtab.report.course import Course, Finding
 from trimtab.report.keys import dead_share, look_up
 from trimtab.report.lookout import Lookout
 from trimtab.report.words import (
@@ -58,7 +58,7 @@ class LiveView:
     the bar and the time left. mode: `auto` is `live` on a terminal and `plain` elsewhere. every: in plain mode, a line
     every so many updates; by default about 20 lines a run, and one a minute. console: where to write (stdout).
     lead: the first line, on how to read the loss (see `words.about_loss`). words: what things
-    are called in the world of the run.
+    are called in the world of the run. course: what was recorded of this run before, where it goes on.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class LiveView:
         console: Console | None = None,
         lead: str = WHY_LOSS_IS_ZERO,
         words: Words = LANGUAGE,
+        course: Course | None = None,
     ) -> None:
         self._lead, self._words = lead, words
         self._until, self._unit, self._title, self._every = until, unit, _safe(title), every
@@ -81,7 +82,7 @@ class LiveView:
         self._live: Live | None = None
         self._logs: dict[str, Any] = {}
         self._clock: dict[str, Any] = {}
-        self._lookout = Lookout(words.mute)
+        self._lookout = Lookout(words.mute, course)
         self._past: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._pace: deque[tuple[float, float]] = deque(maxlen=20)
         self._evaluation: tuple[float, float | None, float | None, int | None] | None = None

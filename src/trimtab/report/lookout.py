@@ -16,11 +16,12 @@ SHARE = 0.02  # of the time that looking may take
 class Lookout:
     """Keeps the course of a run and what is wrong with it now.
 
-    now: the findings of the last look, gravest first. mute: kinds that mean nothing in this world.
+    now: the findings of the last look, gravest first. mute: kinds that mean nothing in this world. course: what was
+    recorded before.
     """
 
-    def __init__(self, mute: Collection[str] = ()) -> None:
-        self.course = Course()
+    def __init__(self, mute: Collection[str] = (), course: Course | None = None) -> None:
+        self.course = Course() if course is None else course
         self.now: list[Finding] = []
         self._mute = mute
         self._said: set[str] = set()

@@ -5,6 +5,7 @@ Each rule looks at a course and gives a finding or None. `docs/diagnosis.md` has
 
 from __future__ import annotations
 
+import itertools
 from statistics import fmean
 
 from trimtab.report.course import RECENT, Course, Finding, gained, rose, still_rises
@@ -20,6 +21,8 @@ MOSTLY = 0.75  # of the dead groups are right, or wrong
 TRUNCATED = 0.5  # of responses
 HELD_OUT_FIRST = 2.0  # standard errors below the evaluation before training
 HELD_OUT_BEST = 3.0  # and below the best one since: it was chosen among many
+FELL_SHARE = 0.5  # of what the reward had gained
+FELL_SURE = 4.0  # standard errors: the best window was chosen among many
 VALUE_RECORDS = 10  # a critic may begin as it likes
 
 
@@ -30,7 +33,7 @@ def entropy(course: Course) -> Finding | None:
         return None
     turn, now = course.since("entropy", lambda mean: mean < ENTROPY_SHARE * start), course.now("entropy")
     rise = still_rises(rewards)
-    if turn is None or now is None or rise is None or (course.shares() and rise[1] > SOLVED):
+    if turn is None or now is None or rise is None or not gained(rewards) or (course.shares() and rise[1] > SOLVED):
         return None
     return Finding(
         "entropy",
@@ -85,7 +88,7 @@ def width(course: Course) -> Finding | None:
     now, rise = course.now(name) or 0.0, still_rises(returns)
     said = "width" if name == "action_width" else "entropy"
     narrow = course.since(name, lambda mean: mean < ENTROPY_SHARE * start)
-    if narrow is not None and rise is not None:
+    if narrow is not None and rise is not None and gained(returns):
         return Finding(
             "width",
             f"The {said} of the actions fell below {percent(ENTROPY_SHARE)} of its start at turn {number(narrow)} (now "
@@ -152,6 +155,32 @@ def truncated(course: Course) -> Finding | None:
     )
 
 
+def fell(course: Course) -> Finding | None:
+    """The reward lost most of what it had gained."""
+    series = course.series("reward")
+    window = max(2 * RECENT, len(series) // 20)
+    if len(series) < 3 * window:
+        return None
+    values = [v for _, v in series]
+    sums = [0.0, *itertools.accumulate(values)]
+    means = [(sums[i + window] - sums[i]) / window for i in range(len(values) - window + 1)]
+    at = max(range(len(means)), key=means.__getitem__)
+    start, best, now = means[0], means[at], means[-1]
+    top = values[at : at + window]
+    certain = all(rose(below, top, FELL_SURE) for below in (values[:window], values[-window:]))
+    if not certain or now > best - FELL_SHARE * (best - start):
+        return None
+    turn = series[at + window - 1][0]
+    return Finding(
+        "fell",
+        f"The reward fell to {number(now)} from {number(best)} at turn {number(turn)} (means of {window} records; "
+        f"{number(start)} at the start): most of what was gained is lost. Take the best checkpoint (trimtab export "
+        "--checkpoint best), lower update.lr or take fewer passes, and look for what changed first in the curves.",
+        turn,
+        {"start": start, "best": best, "now": now},
+    )
+
+
 def held_out(course: Course) -> Finding | None:
     """The reward rises in training while held-out problems get worse."""
     seen = [e for e in course.evaluations if e[2] is not None]
@@ -170,7 +199,7 @@ def held_out(course: Course) -> Finding | None:
                 "held-out",
                 f"The mean on held-out problems fell from {number(reference[1])} at turn {number(reference[0])} to "
                 f"{number(last[1])} at turn {number(last[0])}, while the reward in training rose from "
-                f"{number(fmean(then))} to {number(fmean(now))}: what is learned does not carry over. Take the best "
+                f"{number(fmean(then))} to {number(fmean(now))}: the gain does not carry over. Take the best "
                 "checkpoint (trimtab export --checkpoint best), or train on more and other problems.",
                 reference[0],
                 {"before": reference[1], "now": last[1]},

@@ -90,10 +90,11 @@ def grad_norm(course: Course) -> Finding | None:
     if worst is None:
         return None
     turn, norm, usual = worst
+    times = number(float(f"{norm / usual:.2g}"))
     more = "" if peaks == 1 else f"; {peaks} turns were above {NORM_FACTOR:.0f} times"
     return Finding(
         "grad-norm",
-        f"The gradient norm reached {number(norm)} in turn {number(turn)}, {norm / usual:.0f} times its running median "
+        f"The gradient norm reached {number(norm)} in turn {number(turn)}, {times} times its running median "
         f"of {number(usual)}{more}. Clip the gradient norm nearer its median, or lower the learning rate.",
         turn,
         {"norm": norm, "usual": usual, "peaks": peaks},
@@ -107,15 +108,18 @@ def kl(course: Course) -> Finding | None:
 
 
 def _far(course: Course, name: str, limit: float, whence: str, advice: str) -> Finding | None:
-    turn, now = course.since(name, lambda mean: mean > limit), course.now(name)
-    if turn is None or now is None:
+    """At any time: a step that went too far is not undone by later ones that do not."""
+    means = course.means(name)
+    first = next((turn for turn, mean in means if mean > limit), None)
+    if first is None:
         return None
+    worst, now = max(means, key=lambda m: m[1]), means[-1][1]
     return Finding(
         "kl",
-        f"The policy is {number(now)} nats a decision from {whence} (above {limit} since turn {number(turn)}): its "
-        f"steps go too far; {advice}.",
-        turn,
-        {name: now},
+        f"The policy went {number(worst[1])} nats a decision from {whence} at turn {number(worst[0])} (above {limit} "
+        f"first at turn {number(first)}; now {number(now)}): its steps go too far; {advice}.",
+        first,
+        {name: worst[1], "now": now},
     )
 
 
