@@ -13,6 +13,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError
 from trimtab.core.loop import begin, run
 from trimtab.core.terms import SOURCES
+from trimtab.stages.annotate import sampler_mismatch
 from trimtab.stages.signals import (
     FEWEST,
     entropy_push,
@@ -139,5 +140,6 @@ def test_a_probe_changes_no_bit(name, monkeypatch):
 
 
 def test_a_rhythm_that_is_none_is_refused():
-    with pytest.raises(MethodError, match="every=0"):
-        signals(every=0)
+    for probe in (signals, sampler_mismatch):
+        with pytest.raises(MethodError, match="every=0"):
+            probe(every=0)

@@ -251,15 +251,8 @@ def short(record: Mapping[str, Any]) -> dict[str, float]:
         for name in _names_of(key):
             out.setdefault(name, value)
     out |= {name: numbers[name] for name in numbers.keys() & _KNOWN.keys()}
-    for name, value in (("clip", look_up(record, "clip")), ("failures", look_up(record, "failures"))):
-        if value is not None:
-            out[name] = value
-    dead = dead_share(record)
-    if dead is None:
-        out.pop("dead", None)
-    else:
-        out["dead"] = dead
-    return out
+    made = {"clip": look_up(record, "clip"), "failures": look_up(record, "failures"), "dead": dead_share(record)}
+    return {name: value for name, value in {**out, **made}.items() if value is not None}
 
 
 def failure_kinds(record: Mapping[str, Any]) -> dict[str, float]:

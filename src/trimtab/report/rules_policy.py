@@ -18,6 +18,7 @@ NOISE_LEAST = 0.5  # nats above it
 WIDTH_FACTOR = 5.0  # times the start of the width of the actions
 DEAD_SHARE = 0.8  # of groups
 MOSTLY = 0.75  # of the dead groups are right, or wrong
+EASY, HARD = 0.9, 0.1  # mean rewards at which dead groups are taken for right, or wrong, where that was not recorded
 TRUNCATED = 0.5  # of responses
 HELD_OUT_FIRST = 2.0  # standard errors below the evaluation before training
 HELD_OUT_BEST = 3.0  # and below the best one since: it was chosen among many
@@ -116,19 +117,22 @@ def dead(course: Course) -> Finding | None:
     turn, now = course.since("dead", lambda mean: mean > DEAD_SHARE), course.now("dead")
     if turn is None or now is None:
         return None
-    right, wrong, level = course.now("dead_right"), course.now("dead_wrong"), course.now("reward")
-    known = right is not None and wrong is not None
-    apart = f" ({percent(right)} all right, {percent(wrong)} all wrong)" if known else ""  # type: ignore[arg-type]
-    easy = right >= MOSTLY * now if known else level is not None and level > 0.9  # type: ignore[operator]
-    hard = wrong >= MOSTLY * now if known else level is not None and level < 0.1  # type: ignore[operator]
-    if easy:
+    known = [share for share in (course.now("dead_right"), course.now("dead_wrong")) if share is not None]
+    if len(known) == 2:
+        right, wrong = known
+        apart = f" ({percent(right)} all right, {percent(wrong)} all wrong)"
+    else:  # an older record, or rewards made elsewhere: their mean tells
+        level, apart = course.now("reward"), ""
+        right = now if level is not None and level > EASY else 0.0
+        wrong = now if level is not None and level < HARD else 0.0
+    if right >= MOSTLY * now:
         advice = "almost every response is right, so the problems have become too easy: stop here, or give harder ones"
-    elif hard and course.values("dead")[0] <= DEAD_SHARE:
+    elif wrong >= MOSTLY * now and course.values("dead")[0] <= DEAD_SHARE:
         advice = (
             "almost every response is wrong, and it was not so at the start, so the policy has collapsed: go back to a "
             "checkpoint before it, and lower update.lr"
         )
-    elif hard:
+    elif wrong >= MOSTLY * now:
         advice = "almost every response is wrong, so the problems are too hard: start easier, or imitate answers first"
     else:
         advice = "try larger groups, a higher temperature, or a method that drops such groups and draws others (dapo)"
@@ -137,7 +141,7 @@ def dead(course: Course) -> Finding | None:
         f"{percent(now)} of groups got one reward for all their responses{apart} and teach nothing (above "
         f"{percent(DEAD_SHARE)} since turn {number(turn)}): {advice}.",
         turn,
-        {"dead": now, **({"right": right, "wrong": wrong} if known else {})},  # type: ignore[dict-item]
+        {"dead": now, **dict(zip(("right", "wrong"), known))},
     )
 
 
