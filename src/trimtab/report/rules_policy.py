@@ -24,7 +24,7 @@ HELD_OUT_FIRST = 2.0  # standard errors below the evaluation before training
 HELD_OUT_BEST = 3.0  # and below the best one since: it was chosen among many
 FELL_SHARE = 0.5  # of what the reward had gained
 FELL_SURE = 4.0  # standard errors: the best window was chosen among many
-VALUE_RECORDS = 10  # a critic may begin as it likes
+VALUE_RECORDS = 20  # a critic may begin as it likes
 
 
 def entropy(course: Course) -> Finding | None:
