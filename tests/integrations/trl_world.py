@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from trimtab.integrations.trl_method import COLUMNS
 from trimtab.policies.builtin import load_policy
 
 ROWS, GROUP, LONGEST, LR = 8, 4, 6, 0.02
-GIVEN = tuple(c for c in COLUMNS if c != "logp_behavior")
 
 
 def coin(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -138,10 +136,3 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     most = max(float(g.abs().max()) for g in b.values())
     assert set(a) == set(b)
     return max(float((a[n] - b[n]).abs().max()) for n in b) / most
-
-
-def copied(args: GRPOConfig, **more: Any) -> GRPOConfig:
-    made = copy.copy(args)
-    for name, value in more.items():
-        setattr(made, name, value)
-    return made

@@ -174,7 +174,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._show(torch.zeros(len(scored), dtype=row.dtype, device=row.device).masked_scatter(scored, row))
         if mode == "train":
             self._pending = (len(batch), kit.decisions(batch))
-        spare = torch.zeros(int((~scored).sum()), dtype=torch.long)  # places in TRL's rectangle that nobody reads
+        spare = torch.zeros(len(scored) - len(batch), dtype=torch.long, device=scored.device)  # nobody reads these rows
         whole = batch.put(scored=torch.ones(len(batch), dtype=torch.bool, device=scored.device))
         if len(spare):
             whole = Batch.cat([whole, whole.take(spare).put(scored=torch.zeros_like(spare, dtype=torch.bool))])
