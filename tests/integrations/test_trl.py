@@ -26,6 +26,7 @@ from tests.integrations.trl_world import (
     record_of,
     trainer_of,
 )
+from trimtab.core.batch import Batch
 from trimtab.core.errors import CheckpointError, EnvironmentFailure, MethodError, NonFiniteError
 from trimtab.core.registry import find, parse
 from trimtab.integrations.trl import GRPOTrainer
@@ -104,6 +105,21 @@ def test_later_updates_of_a_batch_keep_its_old_policy(method: str, tmp_path: Pat
     assert trainer._tree.clock.counts() == {
         "turns": 1, "updates": 4, "rows": ROWS, "decisions": int(kept[0]["mask"].sum())
     }  # fmt: skip
+
+
+def test_each_column_of_log_probabilities_is_of_its_own_policy(tmp_path: Path) -> None:
+    """In the second batch the reference, the old policy and the one that is trained are three."""
+    args = config(tmp_path, 2, per_device_train_batch_size=2, steps_per_generation=4, max_steps=4, learning_rate=4e-3)
+    trainer = trainer_of("bapo+grpo(rows=4,kl=0.1)", tmp_path, args)
+    kept = keeping_batches(trainer)
+    trainer.train()
+    starts, rows = record_of(trainer).starts, Batch(kept[1])
+    for name, start in (("logp_ref", starts[0]), ("logp_old", starts[2]), ("logp_behavior", starts[2])):
+        policy = load_policy("nano", dtype="float64")
+        policy.model.load_state_dict(start, strict=False)
+        with torch.no_grad():
+            assert float((rows[name] - policy.evaluate(rows, {"logp"})["logp"]).abs().max()) < 1e-5, name
+    assert float((rows.logp_ref - rows.logp_old).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -383,6 +399,12 @@ def test_batches_that_do_not_fit_the_method_are_refused(tmp_path: Path) -> None:
 def test_a_sampler_that_would_have_to_be_known_is_refused(tmp_path: Path) -> None:
     trainer_of("grpo", tmp_path, config(tmp_path, top_p=0.9))
     refused("bapo", config(tmp_path, top_p=0.9), r"top_p=0.9.*bapo reads the sampler's log-probabilities")
+
+
+def test_an_optimiser_that_capo_cannot_model_is_refused(tmp_path: Path) -> None:
+    refused("capo", config(tmp_path, optim="adafactor"), "capo models the optimisers adamw and sgd.*adafactor")
+    mine = (torch.optim.SGD([torch.zeros(1, requires_grad=True)]), None)
+    refused("capo", config(tmp_path), "an optimizer of your own", optimizers=mine)
 
 
 def test_what_generates_otherwise_is_refused(tmp_path: Path) -> None:

@@ -295,6 +295,13 @@ def _supported(method: Method, model: Any, more: Mapping[str, Any]) -> None:
                 f"GRPOTrainer was given {name}, and {method.name} inside TRL has been checked with single answers "
                 f"alone. Leave {name} out."
             )
+    if more.get("optimizers", (None, None))[0] is not None and any(
+        p.name == "trust_region" for t in method.tracks for p in t.pieces
+    ):
+        raise MethodError(
+            f"{method.name} models the optimiser's step, and GRPOTrainer was given an optimizer of your own, whose "
+            f"settings it does not know. Name one with GRPOConfig(optim=..., learning_rate=...)."
+        )
     instance = not isinstance(model, str) and more.get("peft_config") is None and not hasattr(model, "peft_config")
     if method.copies and instance and not getattr(model.config, "_name_or_path", ""):
         raise MethodError(

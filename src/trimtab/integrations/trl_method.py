@@ -18,6 +18,7 @@ from trimtab.core.piece import Piece, Schedule, piece
 from trimtab.core.registry import Definition, parse
 from trimtab.core.terms import SOURCES, fixed
 from trimtab.methods.language.bases import reinforce
+from trimtab.methods.language.capo import modelled
 from trimtab.stages.collect import first_id, rollouts
 
 COLUMNS = ("prompt", "prompt_mask", "action", "mask", "reward", "terminated", "truncated", "logp_behavior",
@@ -150,10 +151,13 @@ def fitted(method: Method, args: Any, trainer: Any) -> Method:
     step = optimizer_of_trl(lr=TrainerRate(args.learning_rate, trainer), betas=(args.adam_beta1, args.adam_beta2),
                             eps=args.adam_epsilon)  # fmt: skip
     kind = str(getattr(args.optim, "value", args.optim))
+    step = replace(step, name="adamw" if kind.startswith("adamw") else kind)
+    for p in (q for q in track.pieces if q.name == "trust_region"):
+        modelled(step, p.options["optimizer"])  # says if it cannot model that optimiser
     return replace(
         method,
         pieces=(replace(source, writes=source.writes | left_out), *pieces),
-        tracks=(replace(track, update=replace(step, name="adamw" if kind.startswith("adamw") else kind)),),
+        tracks=(replace(track, update=step),),
         copies={},
     )
 
