@@ -426,3 +426,19 @@ def test_updates_run_on_their_own_rows() -> None:
     kit = Kit(state, m, None, False)
     updates(state, kit, collected(kit))
     assert state.clock.updates == 2
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_shares_of_parts_add_up_to_the_whole(per: str) -> None:
+    made = closure(method(bowl(per=per)))
+    whole = made()
+    parts = [torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2, 4, 5])]
+    shares = [made.share(part) for part in parts]
+    loss = sum(share["bowl"].sum() for share in shares)
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(loss, list(made.params.values()))
+    torch.testing.assert_close(grad, whole.grads["x"], rtol=1e-12, atol=0)
+    height = sum(share["height"].sum() for share in shares) / sum(share["height"].weight.sum() for share in shares)
+    torch.testing.assert_close(height, whole.terms["height"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(made.share(torch.arange(N))["bowl"].sum(), whole.loss, rtol=1e-12, atol=0)

@@ -155,6 +155,13 @@ class Closure:
         with self._at(params):
             return self._terms(rows, self._weights(rows))
 
+    def share(self, part: Tensor) -> dict[str, Weighted]:
+        """The un-reduced terms of some rows, a long index in ascending order, weighed as their share of all rows.
+
+        For a loop that cuts the update itself: sums over disjoint parts add up to the loss of the whole.
+        """
+        return self._part(self.batch, self._weights(self.batch), part)
+
     # -- inside -------------------------------------------------------------------------------------------------
     def _rows(self, where: Tensor | None) -> Batch:
         return self.batch if where is None else self.batch.take(where)
@@ -181,9 +188,12 @@ class Closure:
             return
         parts = split(units(rows, self._unit), memory) if live is None else self._live_parts(rows, live, memory)
         for part in parts:
-            whole = len(parts) == 1 and len(part) == len(rows)
-            micro = rows if whole else rows.take(part)
-            yield self._terms(micro, scale if whole else [w.index_select(1, part.to(w.device)) for w in scale])
+            yield self._part(rows, scale, part)
+
+    def _part(self, rows: Batch, scale: list[Tensor], part: Tensor) -> dict[str, Weighted]:
+        if len(part) == len(rows):
+            return self._terms(rows, scale)
+        return self._terms(rows.take(part), [w.index_select(1, part.to(w.device)) for w in scale])
 
     def _at_once(self, rows: Batch) -> int | None:
         """Rows of one forward and backward pass: what the caller said, else what the model reads well at once.
