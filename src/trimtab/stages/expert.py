@@ -22,11 +22,17 @@ from trimtab.stages.collect import expert_rows
 
 def opened(kit: Any, options: Mapping[str, Any]) -> Any:
     """The stream of demonstrations in a file, or None where the environment's own reference answers are shown."""
-    if options["file"] is None:
-        return None
     from trimtab.environments.experts import Experts
     from trimtab.environments.text import TextEnvironment
 
+    if options["file"] is None:
+        shown = kit.environment.peek().answer if isinstance(kit.environment, TextEnvironment) else ""
+        if shown is None:
+            raise MethodError(
+                f"the problems of {kit.environment.name!r} have no reference answers to demonstrate; say where "
+                f"demonstrations are: chord(experts='FILE.jsonl')"
+            )
+        return None
     if not isinstance(kit.environment, TextEnvironment):
         raise MethodError(
             f"experts={options['file']!r} holds prompts with responses, and the environment here is no text "
