@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +140,20 @@ def test_what_looks_alike_and_makes_sense_still_builds_and_trains(expression: st
     made = case("text", 0)
     steps = list(run(made.shrink(parse(expression)), made.environment, made.models, until=2, debug=True))
     assert len(steps) == 2
+
+
+def test_the_document_says_what_is_so() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "composition.md").read_text()
+    table = [row.strip("|").split(" | ") for row in text.splitlines() if row.startswith("| `")]
+    refused, instead = (
+        [e for row in table if len(row) == 3 for e in re.findall(r"`([^`]+\+[^`]+)`", row[i])] for i in (0, 2)
+    )
+    assert len(refused) > 20
+    for expression in refused:
+        with pytest.raises(MethodError, match="cannot be built"):
+            parse(expression)
+    for expression in [*instead, *(row[0].strip(" `") for row in table if len(row) == 4)]:
+        assert parse(expression)
 
 
 def test_the_command_line_refuses_before_anything_is_made(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
