@@ -73,14 +73,14 @@ KINDS = {"swap": "swaps", "wrap": "wraps", "then": "adds", "set": "sets", "drop"
 def edits(known: list[Definition]) -> str:
     """The table of what every method does to its base, by kind of edit."""
     rows = []
-    for d in (d for d in known if d.base is not None):
+    for d, base in [(d, d.base) for d in known if d.base is not None]:
         made = d()
         done: dict[str, dict[str, None]] = {kind: {} for kind in KINDS}
         for one in [p.method for p in made.phases] or [made]:
             for e in one.edits:
                 if e.by == d.name:
                     done[e.kind][f"`{e.path}`" + (f" ({e.text})" if e.kind == "wrap" else "")] = None
-        rows.append([f"[`{d.name}`]({d.name}.md)", f"`{d.base.name}`", *(", ".join(done[k]) or "-" for k in KINDS)])
+        rows.append([f"[`{d.name}`]({d.name}.md)", f"`{base.name}`", *(", ".join(done[k]) or "-" for k in KINDS)])
     return _joined(
         "# What each method does to its base",
         MARK,
