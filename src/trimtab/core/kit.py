@@ -205,6 +205,10 @@ class Kit:
         self._ahead[name] = ([(p, p._version) for p in model.parameters()], dict(plain.columns), made)
         return {k: v.detach() for k, v in made.items()}
 
+    def is_ahead(self, name: str) -> bool:
+        """Whether `evaluate_ahead` kept a forward pass of this model that nobody has taken."""
+        return name in self._ahead
+
     def taken_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> dict[str, Tensor] | None:
         """What `evaluate_ahead` kept, with its graph, once: of these parameters and, column by column, these rows."""
         if name not in self._ahead:

@@ -158,7 +158,9 @@ def _log(kit: Kit, batch: Batch) -> None:
     kit.log("reward_std", score.std(correction=0))
     # The mean of -log pi over sampled tokens estimates the entropy without bias, at no cost (temperature 1, no cuts).
     kit.log("entropy", -(batch.logp_behavior * batch.mask).sum() / batch.mask.sum().clamp_min(1))
-    kit.log("dead_groups", groups.distinct(groups.same(score).double()).mean())
+    dead = groups.same(score)
+    for name, which in (("groups", dead), ("right", dead & (score >= 1)), ("wrong", dead & (score <= 0))):
+        kit.log(f"dead_{name}", groups.distinct(which.double()).mean())
     kit.log("length", batch.mask.sum(1).double().mean())
     kit.log("truncated", batch.truncated.double().mean())
 
