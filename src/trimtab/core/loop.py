@@ -48,7 +48,7 @@ def begin(method: Method, environment: Any, models: Mapping[str, nn.Module], *, 
             source = rules[source].source
         copies[name] = Kept.of(name, rule, named[source])
     state = State(seed, method.fingerprint(), method.name, named, copies, environment)
-    for m in (method, *(p.method for p in method.phases)):
+    for m in [p.method for p in method.phases] or [method]:  # a maker sees the method that its piece stands in
         make_state(state, m)
     return state
 
