@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden.compared import agreed
-from tests.golden.momentum_runs import BUILT, fresh, tables, turns
+from tests.golden.momentum_runs import BUILT, fresh, turns
 from trimtab.core.batch import Batch
 from trimtab.core.closure import Closure
 from trimtab.core.copies import mix, previous

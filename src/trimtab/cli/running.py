@@ -35,7 +35,7 @@ class Train:
     def __call__(self) -> int:
         from trimtab.runs.experiment import train
 
-        out = self.out or f"runs/{plain(self.method, self.setting.task())}-s{self.seed}"
+        out = self.out or f"runs/{plain(self.method, self.setting.task(self.method))}-s{self.seed}"
         request = self.setting.request(self.method, out, seed=self.seed, keep=self.keep)
         return outcome(train(request, mode="silent" if self.json else "auto"), self.json)
 
@@ -87,7 +87,7 @@ class Compare:
         from trimtab.catalogue.describe import comparison_tables
         from trimtab.runs.comparison import compare
 
-        out = self.out or f"runs/compare-{plain(*self.methods, self.setting.task())}"
+        out = self.out or f"runs/compare-{plain(*self.methods, self.setting.task(self.methods[0]))}"
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         request = self.setting.request("", out)
         made = compare(request, self.methods, seeds, jobs=self.jobs, mode="silent" if self.json else "auto")

@@ -22,7 +22,7 @@ class Setting:
     env: str
     """'reasoning-gym:NAME(key=value, ...)', FILE.jsonl, 'datasets:NAME(...)', or a Gymnasium id."""
     policy: str = ""
-    """smollm2, tiny, nano, a Hugging Face id, or a model or adapter folder; control methods build their networks."""
+    """smollm2, tiny, nano, a Hugging Face id, or a model or adapter folder; for a control method an earlier run."""
     steps: int | None = None
     """Turns: one batch and its updates (default: 60; of a control method, 100,000 decisions)."""
     decisions: int | None = None
@@ -77,9 +77,14 @@ class Setting:
         wanted = {f.name: getattr(self, f.name) for f in fields(self)}
         return Request(method, out=out, **wanted, **more)
 
-    def task(self) -> str:
+    def task(self, method: str) -> str:
         """A short name of what is trained on what, for a folder."""
-        return Path(self.policy).name if self.policy else self.env.partition("(")[0]
+        from trimtab.runs.worlds import world_of
+
+        world, name = self.env.partition("(")[0], Path(self.policy).name
+        if self.policy and world_of(method) == "control":
+            return f"{world}-from-{name}"
+        return name or world
 
 
 Settings = Annotated[Setting, arg(name="")]

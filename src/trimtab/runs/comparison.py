@@ -115,13 +115,14 @@ class Job:
     def check(self, request: Request) -> None:
         """Refuse a folder that holds a run of another request or of another definition of the method."""
         there, mine = asdict(request_of(self.folder)), asdict(request)
+        there["policy"] = self.folder.config()["request"]["policy"]  # as it was asked for; the fingerprint tells more
         if there["decisions"] is not None and mine["decisions"] is not None:
             there["steps"] = mine["steps"]  # not read
         odd = [
             f"{k} is {there[k]!r} there and {mine[k]!r} here" for k in mine if k not in _FREE and there[k] != mine[k]
         ]
         if self.folder.config().get("fingerprint") != self.arm.method.fingerprint():
-            odd = odd or ["the method has been redefined since"]
+            odd = odd or ["the method has been redefined, or the policy that it begins with has changed, since"]
         if odd:
             raise ComparisonError(
                 f"{self.folder.path} holds another run: {'; '.join(odd)}. Choose another --out, ask for the same "

@@ -15,7 +15,7 @@ import torch
 
 from trimtab.core.disk import size_words
 from trimtab.core.errors import MethodError
-from trimtab.core.loop import begin, run
+from trimtab.core.loop import run
 from trimtab.core.method import Method
 from trimtab.core.state import State, save
 from trimtab.core.stopwatch import Span, measuring
@@ -140,7 +140,7 @@ def calibrated(made: Experiment) -> tuple[State, list[Turn], int]:
     method = made.method
     path = next((p for p in SIZES if p in method.flatten()), "")
     whole = int(method.get(path)) if path else 0
-    state = begin(method, made.environment, made.models, seed=made.request.seed)
+    state = made.begin()
     size, spent, turns = max(1, math.ceil(whole * FIRST)), 0.0, []
     measured(made, state, path, size)  # the first one warms up
     while True:

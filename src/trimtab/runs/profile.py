@@ -49,7 +49,7 @@ def _profiled(made: Experiment, turns: int) -> dict[str, Any]:
     rates = machine_rates(made.numbers, made.device)
     if budget.get("turns", turns + 2) < turns + 2:
         raise MethodError(f"steps={budget['turns']} leave no room for {turns} measured turns after two; ask for more")
-    loop = run(made.method, made.environment, made.models, until=budget, seed=request.seed, memory=request.memory)
+    loop = run(made.method, made.environment, made.models, until=budget, state=made.begin(), memory=request.memory)
     _next(loop)  # the first turn pays for what later ones find ready
     products = Products()
     with measuring(products.meters()) as counted, products:
