@@ -249,15 +249,6 @@ def test_export_writes_every_network_and_what_acting_reads(whole: Path, tmp_path
     assert json.loads((model / "model.json").read_text())["environment"] == "CartPole-v1"
 
 
-def test_profile_measures_turns_of_a_control_run(say: Say) -> None:
-    said = say(*typed("profile", "--turns", "1", "--json"))
-    assert said.code == 0, said.err
-    found = json.loads(said.out)
-    assert found["phases"][0]["path"] == ["turn"]
-    assert found["tokens_a_turn"]["response"] == 16
-    refused(say(*typed("plan")), "trimtab profile")
-
-
 # -- faults --------------------------------------------------------------------------------------------------------
 
 
