@@ -158,7 +158,18 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
 
 
 def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables of a comparison: each arm by itself, then each against the first, as `(title, heads, rows)`."""
+    """The tables of a comparison; of several tasks, those of each, then what they say together."""
+    if "tasks" not in made:
+        return _tables(made)
+    from trimtab.report import across
+
+    each = [(f"{task}: {title}", *rest) for task, one in made["tasks"].items() for title, *rest in _tables(one)]
+    scale = ("normalised scores", ["task", "is 0", "is 1", "by"], across.scale_rows(made["normalised"]))
+    return [*each, scale, ("over all tasks", across.HEADS, across.table_rows(made["aggregate"]))]  # type: ignore[list-item]
+
+
+def _tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Each arm by itself, then each against the first, then robust summaries, as `(title, heads, rows)`."""
     from trimtab.report.paired import METRICS, PRIMARY, effect_of, mean_of, said
     from trimtab.report.words import duration
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -82,6 +82,8 @@ class Explain:
     method: Expression
     set: UseAppendAction[tuple[str, ...]] = ()
     """piece.option=value, as for train."""
+    policy: str = ""
+    """A run whose networks a control method begins with, as for train."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
@@ -89,7 +91,10 @@ class Explain:
         from trimtab.catalogue.describe import pipeline
         from trimtab.runs.request import Request, configured
 
-        title, rows, notes = pipeline(configured(Request(self.method, "", "", "", set=self.set)))
+        method = configured(Request(self.method, self.policy, "", "", set=self.set))
+        title, rows, notes = pipeline(method)
+        if self.policy:
+            notes.append(f"note: {self._started(method)}")
         if self.json:
             print(json.dumps([dict(zip(("place", "address", "value", "origin"), r)) for r in rows], indent=1))
             return 0
@@ -97,6 +102,16 @@ class Explain:
         for note in notes:
             print(note)
         return 0
+
+    def _started(self, method: Any) -> str:
+        """What the networks begin with. Raises MethodError for a language method, of which a policy changes nothing."""
+        from trimtab.core.errors import MethodError
+        from trimtab.policies.start import read_start
+        from trimtab.runs.worlds import world_of
+
+        if world_of(self.method) != "control":
+            raise MethodError(f"{self.method} is the same method whatever policy it trains; leave --policy out")
+        return read_start(self.policy).said(method)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from trimtab.core.errors import MethodError, nearest
 from trimtab.core.kit import Kit
 from trimtab.core.method import Method, Track
 from trimtab.core.state import COUNTERS, State
-from trimtab.core.stopwatch import phase
+from trimtab.core.stopwatch import NOTHING, phase
 from trimtab.core.terms import split, units
 
 
@@ -160,10 +160,11 @@ def updates(state: State, kit: Kit, batch: Batch) -> None:
 def step(state: State, kit: Kit, track: Track, rows: Batch, stopped: set[str]) -> None:
     """One optimiser step of one track."""
     kit.scope, kit.model = track.name, track.trains
-    rows = scoped(kit, rows, track.pieces, track.trains)
-    with phase("update"):
-        closure = Closure(kit, track, rows)
-        logs, stop = track.update(kit, closure)
+    with phase(track.name) if len(kit.method.tracks) > 1 else NOTHING:
+        rows = scoped(kit, rows, track.pieces, track.trains)
+        with phase("update"):
+            closure = Closure(kit, track, rows)
+            logs, stop = track.update(kit, closure)
     prefix = "" if len(kit.method.tracks) == 1 and state.phases.index < 0 else f"{track.name}/"
     for name, value in logs.items():
         kit.log(prefix + name, value)
@@ -196,9 +197,12 @@ _NO_GRAD = ("annotate", "credit", "select")
 def refresh(state: State, kit: Kit, moment: str, logs: dict[str, float] | None = None, source: str = "") -> None:
     """Let the copies that follow their source at this moment catch up; those made of other copies come last."""
     due = [k for k in state.copies.values() if k.rule.moment == moment and source in ("", k.rule.follows)]
-    for kept in sorted(due, key=lambda k: k.rule.kind == "mix"):
-        if any(kept.rule == rule for rule in kit.method.copies.values()):
-            kept.refresh(state.lookup(), kit, logs)
+    if not due:
+        return
+    with phase("copies", brief=True):
+        for kept in sorted(due, key=lambda k: k.rule.kind == "mix"):
+            if any(kept.rule == rule for rule in kit.method.copies.values()):
+                kept.refresh(state.lookup(), kit, logs)
 
 
 def enter(state: State, method: Method) -> Method:

@@ -13,7 +13,7 @@ from torch import nn
 
 from trimtab.core.batch import Batch
 from trimtab.core.errors import EnvironmentFailure, MethodError
-from trimtab.core.loop import Step
+from trimtab.core.loop import Step, begin
 from trimtab.core.method import Method
 from trimtab.core.state import State
 from trimtab.core.terms import rows_of
@@ -46,6 +46,12 @@ class LanguageExperiment:
     def device(self) -> torch.device:
         device: torch.device = self.policy.device
         return device
+
+    def begin(self) -> State:
+        return begin(self.method, self.environment, self.models, seed=self.request.seed)
+
+    def keep(self, folder: Path) -> None:
+        """A policy is read from where it was read before."""
 
     def evaluate(self, state: State | None = None) -> Evaluation:
         """The policy of a state, or the one that was built, on held-out problems."""
