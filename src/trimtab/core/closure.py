@@ -17,7 +17,7 @@ from trimtab.core.errors import MethodError, NonFiniteError
 from trimtab.core.kit import Kit
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
-from trimtab.core.stopwatch import count_rows, phase, timed
+from trimtab.core.stopwatch import count, count_rows, phase, timed
 from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
@@ -203,7 +203,10 @@ class Closure:
         if self.kit.memory is not None or self._ready is not None or self.kit.is_ahead(self.track.trains):
             return self.kit.memory
         model: Any = self.model
-        return model.rows_at_once(rows) if hasattr(model, "rows_at_once") else None
+        most: int | None = model.rows_at_once(rows) if hasattr(model, "rows_at_once") else None
+        if most is not None:
+            count(asked=1.0, at_once=most)
+        return most
 
     def _live(self, rows: Batch) -> Tensor | None:
         """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`).
