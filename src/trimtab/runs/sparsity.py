@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,47 @@ from trimtab.stages.sparsity import (
 from trimtab.stages.subnetwork import base_of, hash_of, write_mask
 
 BUILTIN = ("smollm2", "tiny", "nano")
+FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = "a run folder, one of its checkpoints, a model folder, a .safetensors file, or one of smollm2, tiny and nano"
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors of files, by name, each read when it is asked for: a model may be larger than half of the memory."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        self._places = dict(places)
+
+    @classmethod
+    def of(cls, file: Path, head: str = "", put: str = "") -> Stored:
+        """The floating-point tensors of a file whose names begin with `head`, with `put` in its place.
+
+        Raises SparsityError for a file that cannot be read.
+        """
+        try:
+            with safe_open(file, "pt") as f:
+                keys = [k for k in f.keys() if k.startswith(head) and f.get_slice(k).get_dtype() in FLOATS]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise SparsityError(f"{file} cannot be read: {error}") from None
+        return cls({put + key.removeprefix(head): (file, key) for key in keys})
+
+    def __or__(self, other: Stored) -> Stored:
+        return Stored({**self._places, **other._places})
+
+    def named(self, names: Mapping[str, str]) -> Stored:
+        """Some of them under other names: new name -> name here."""
+        return Stored({new: self._places[old] for new, old in names.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._places[name]
+        with safe_open(file, "pt") as f:
+            made: Tensor = f.get_tensor(key)
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)
@@ -77,8 +118,8 @@ def compare(
     that is the reference, and `a` and `b` are two updates of it. Each is a run folder, a checkpoint, a model folder, a
     .safetensors file, or a builtin policy. checkpoint: which is the end of a run, as for `export`. rank: also the rank
     of every matrix of differences.
-    mask: a file to write, of the weights that the one update changed by more than `mask_tol`, as stored. random: a seed,
-    to choose as many weights of each matrix by lot instead.
+    mask: a file to write, of the weights that the one update changed by more than `mask_tol`, as stored. random: a
+    seed, to choose as many weights of each matrix by lot instead.
 
     Raises SparsityError for what cannot be compared, naming the matrix, and for options that contradict each other.
     """
@@ -194,8 +235,8 @@ def _together(updates: list[States], dtype: str, tol: float) -> dict[str, Any]:
 def _written(update: States, path: Path, dtype: str, tol: float, random: int | None) -> dict[str, Any]:
     if not update.base:
         raise SparsityError(
-            f"a mask belongs to the base that a run can begin from, and the start of {update.name} is none; give a run, "
-            f"or model folders (`trimtab export` writes one)"
+            f"a mask belongs to the base that a run can begin from, and the start of {update.name} is none; give a "
+            f"run, or model folders (`trimtab export` writes one)"
         )
     masks = changes(update.start, update.course[-1][1](), dtype, tol)
     chosen = masks if random is None else scattered(masks, random)
@@ -221,9 +262,9 @@ def states(place: str | Path, checkpoint: str = "newest") -> States:
     if (path / "model.json").is_file():
         return _model(place, _networks(path))
     if path.suffix == ".safetensors" and path.is_file():
-        return States(str(place), {f"policy/{name}": t for name, t in _tensors(path).items()})
+        return States(str(place), Stored.of(path, put="policy/"))
     if (path / "adapter_config.json").is_file():
-        return States(str(place), {f"policy/{n}": t for n, t in _tensors(path / "adapter_model.safetensors").items()})
+        return States(str(place), Stored.of(path / "adapter_model.safetensors", put="policy/"))
     if (path / "config.json").is_file():
         if "request" in RunFolder(path).config():
             return _run(RunFolder(path), checkpoint)
@@ -243,21 +284,26 @@ def _run(folder: RunFolder, checkpoint: str) -> States:
 
 def _config(folder: RunFolder, request: Request) -> str:
     """A digest of what the run was, wherever it lies."""
-    known = folder.config()
-    text = json.dumps([known.get("resolved"), request.method, request.policy, request.env, request.seed], sort_keys=True)
+    asked = [request.method, request.policy, request.env, request.seed]
+    text = json.dumps([folder.config().get("resolved"), *asked], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _reading(path: Path, start: Tensors) -> Callable[[], Tensors]:
     """The trained parameters of a checkpoint; one that is missing there shows when they are paired."""
-    return lambda: {name: t for name, t in read_checkpoint(path).items() if name in start}
+
+    def read() -> Tensors:
+        held = read_checkpoint(path)
+        return held.named({name: name for name in held if name in start})
+
+    return read
 
 
 def _turn(path: Path) -> int:
     return int(json.loads((path / "manifest.json").read_text())["clock"]["turns"])
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> Stored:
     """The networks of a checkpoint, by "NETWORK/parameter". Raises CheckpointError where it is damaged."""
     file = path / "tensors.safetensors"
     try:
@@ -268,46 +314,34 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if found != recorded:
         raise CheckpointError(f"{file} is damaged: its sha256 is not the recorded {recorded[:12]}")
-    head = "/models/"
-    return {name.removeprefix(head): t for name, t in _tensors(file, head).items()}
+    return Stored.of(file, "/models/")
 
 
-def _tensors(file: Path, head: str = "") -> dict[str, Tensor]:
-    """The floating-point tensors of a file whose names begin with `head`."""
-    try:
-        with safe_open(file, "pt") as f:
-            made = {name: f.get_tensor(name) for name in f.keys() if name.startswith(head)}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise SparsityError(f"{file} cannot be read: {error}") from None
-    return {name: t for name, t in made.items() if t.is_floating_point()}
-
-
-def _model(place: str | Path, tensors: dict[str, Tensor]) -> States:
+def _model(place: str | Path, tensors: Tensors) -> States:
     """A model folder: a run may begin there."""
-    by_network: dict[str, dict[str, Tensor]] = {}
-    for key, t in tensors.items():
-        network, _, name = key.partition("/")
-        by_network.setdefault(network, {})[name] = t
-    return States(str(place), tensors, base={network: hash_of(mine) for network, mine in by_network.items()})
+    networks = dict.fromkeys(key.partition("/")[0] for key in tensors)
+    mine = {n: [key for key in tensors if key.startswith(f"{n}/")] for n in networks}
+    base = {n: hash_of((key.removeprefix(f"{n}/"), tensors[key]) for key in keys) for n, keys in mine.items()}
+    return States(str(place), tensors, base=base)
 
 
-def _networks(path: Path) -> dict[str, Tensor]:
+def _networks(path: Path) -> Stored:
     """The exported networks of a control run."""
     names = json.loads((path / "model.json").read_text())["networks"]
-    return {f"{n}/{key}": t for n in names for key, t in _tensors(path / f"{n}.safetensors").items()}
+    return reduce(Stored.__or__, (Stored.of(path / f"{name}.safetensors", put=f"{name}/") for name in names))
 
 
-def _language_model(path: Path) -> dict[str, Tensor]:
+def _language_model(path: Path) -> Stored:
     """A transformers folder: the parameters of its class, tied ones once, under the names of a policy."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise SparsityError(f"{path} holds no .safetensors file; save the model with save_pretrained")
-    held = {name: t for file in files for name, t in _tensors(file).items()}
+    held = reduce(Stored.__or__, map(Stored.of, files))
     with torch.device("meta"):
         names = [n for n, _ in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).named_parameters()]
     lost = [name for name in names if name not in held]
     if lost:
         raise SparsityError(f"{path} lacks {lost[0]!r} ({len(lost)} of the {len(names)} parameters of its model)")
-    return {f"policy/model.{name}": held[name] for name in names}
+    return held.named({f"policy/model.{name}": name for name in names})

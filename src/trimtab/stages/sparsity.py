@@ -52,6 +52,7 @@ def paired(reference: Tensors, new: Tensors) -> Iterator[tuple[str, Tensor, Tens
                 f"{lost[0]!r} is not among the {side} ({len(lost)} of {len(here)} are not); a comparison leaves out "
                 f"nothing. Compare two states of one model. {nearest(lost[0], there)}"
             )
+    held = isinstance(reference, dict) and isinstance(new, dict)  # what is read anew each time is tied to nothing
     seen: set[tuple[int, ...]] = set()
     for name, before in reference.items():
         after = new[name]
@@ -65,14 +66,12 @@ def paired(reference: Tensors, new: Tensors) -> Iterator[tuple[str, Tensor, Tens
         if not before.numel():
             continue
         places = (before.data_ptr(), after.data_ptr(), before.storage_offset(), *before.shape)
-        if places not in seen:
+        if not held or places not in seen:
             seen.add(places)
             yield name, before, after
 
 
-def changes(
-    reference: Tensors, new: Tensors, dtype: str = "bfloat16", tol: float = 0.0
-) -> dict[str, Tensor]:
+def changes(reference: Tensors, new: Tensors, dtype: str = "bfloat16", tol: float = 0.0) -> dict[str, Tensor]:
     """Where each tensor has changed, bool: `|cast(new) - cast(reference)| > tol`. Options as for `sparsity`."""
     view, tol = _view(dtype), _tolerance(tol)
     return {
@@ -96,13 +95,17 @@ def _chunks(name: str, before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, 
 
 def _view(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
-        raise SparsityError(f"dtype={dtype!r} is no precision that weights are stored in here. {nearest(dtype, DTYPES)}")
+        raise SparsityError(
+            f"dtype={dtype!r} is no precision that weights are stored in here. {nearest(dtype, DTYPES)}"
+        )
     return DTYPES[dtype]
 
 
 def _tolerance(tol: float) -> float:
     if not 0 <= tol < math.inf:
-        raise SparsityError(f"tol={tol!r} must be a number of at least 0: how far apart two weights may be and be equal")
+        raise SparsityError(
+            f"tol={tol!r} must be a number of at least 0: how far apart two weights may be and be equal"
+        )
     return tol
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,18 +72,18 @@ def _digest(path: Path, when: int, size: int) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def hash_of(parameters: Mapping[str, Tensor]) -> str:
+def hash_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of named parameters in float32, so that it does not depend on the precision that holds them."""
-    made = hashlib.sha256()
-    for name in sorted(parameters):
-        made.update(f"{name} {list(parameters[name].shape)}\n".encode())
-        made.update(parameters[name].detach().float().cpu().contiguous().numpy().tobytes())
-    return made.hexdigest()[:16]
+    each = []
+    for name, p in parameters:
+        content = hashlib.sha256(p.detach().float().cpu().contiguous().numpy())
+        each.append(f"{name} {list(p.shape)} {content.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()[:16]
 
 
 def base_of(model: nn.Module) -> str:
     """`hash_of` every parameter of a network, the frozen ones too: they are part of what a mask was made for."""
-    return hash_of(dict(model.named_parameters()))
+    return hash_of(model.named_parameters())
 
 
 def write_mask(path: str | Path, masks: Mapping[str, Tensor], base: Mapping[str, str], about: Mapping[str, Any]) -> str:
@@ -158,7 +158,7 @@ class Chosen:
 
 
 def choose(kit: Kit, options: Mapping[str, Any]) -> Chosen:
-    """The masks of the track's network; without a file every weight is chosen. Raises MaskError where they do not fit."""
+    """The masks of the track's network; without a file every weight. Raises MaskError where they do not fit."""
     if sum(p.name == "masked" for p in kit.method.track(kit.scope).update.walk()) > 1:
         raise MethodError(
             f"the update of track {kit.scope!r} has two masks, and one of them would be ignored; make one mask of them"

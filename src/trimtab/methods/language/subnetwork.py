@@ -1,12 +1,13 @@
 """Sub-networks: measure which weights a method changes, and train only those.
 
-Mukherjee et al. compare checkpoints: as stored in bfloat16, most weights of a language model come out of RL as they went
-in. They then train anew from the start with the changed ones alone, `g <- m g` before every step, and reach the same
-scores and nearly the same weights. `trimtab sparsity RUN --mask FILE` makes the mask of a run; this method uses it.
+Mukherjee et al. compare checkpoints: as stored in bfloat16, most weights of a language model come out of RL as they
+went in. They then train anew from the start with the changed ones alone, `g <- m g` before every step, and reach the
+same scores and nearly the same weights. `trimtab sparsity RUN --mask FILE` makes the mask of a run, and this uses it.
 
 Where the paper leaves it open: gradients are clipped by their whole norm and masked then, so that the factor is that of
-the full run; and weights off the mask are put back after each step, since a decoupled decay would move them. The paper's
-masks count a change above 1e-5; ours count any that shows in bfloat16 (`--mask-tol 1e-5` is the paper's).
+the full run; and weights off the mask are put back after each step, since a decoupled decay would move them. The
+paper's masks count a change above 1e-5; ours count any that shows in bfloat16 (`--mask-tol 1e-5` is the paper's). An
+update that differentiates terms itself (npg, trpo, harpg) is masked by its step alone.
 """
 
 from __future__ import annotations
