@@ -22,8 +22,8 @@ class Profile:
 
     method: Expression
     setting: Settings
-    turns: int = 3
-    """Turns that are measured, after two that are not."""
+    turns: int | None = None
+    """Turns that are measured, after two that are not (default: 3; of a control method as many as take 2 seconds)."""
     seed: int = 0
     """Of everything random."""
     out: str = ""
@@ -33,15 +33,15 @@ class Profile:
 
     def __call__(self) -> int:
         from trimtab.report.profile_page import write_profile
-        from trimtab.runs.profile import HEADS, lines, profile, remarks
+        from trimtab.runs.profile import heads, lines, profile, remarks
 
         found = profile(self.setting.request(self.method, "", seed=self.seed), self.turns)
         rows, said = lines(found), remarks(found)
-        page = write_profile(found, HEADS, rows, said, Path(self.out)) if self.out else None
+        page = write_profile(found, heads(found), rows, said, Path(self.out)) if self.out else None
         if self.json:
             print(json.dumps(found))
             return 0
-        table(f"{found['method']}, a turn", list(HEADS), rows)
+        table(f"{found['method']}, a turn", list(heads(found)), rows)
         print("\n".join(said))
         if page:
             print(f"page: {page}")

@@ -15,7 +15,7 @@ import torch
 
 from trimtab.core.disk import size_words
 from trimtab.core.errors import MethodError
-from trimtab.core.loop import begin, run
+from trimtab.core.loop import run
 from trimtab.core.method import Method
 from trimtab.core.state import State, save
 from trimtab.core.stopwatch import Span, measuring
@@ -23,6 +23,7 @@ from trimtab.policies.sampler import ROWS_AT_ONCE
 from trimtab.runs.forecast import checkpoint_bytes
 from trimtab.runs.linear import Amounts, cost, prices
 from trimtab.runs.meters import beside, machine_words, memory_free, memory_used, peak_since
+from trimtab.runs.plan_control import planned
 from trimtab.runs.profile import REST
 from trimtab.runs.request import Request, settle
 from trimtab.runs.worlds import Experiment, build, world_of
@@ -70,19 +71,15 @@ class Turn:
 def plan(request: Request) -> dict[str, Any]:
     """Predict a run from turns of it on small batches, one evaluation and one checkpoint; nothing is kept.
 
+    Turns of a control method are taken as they are (`plan_control`).
     Returns seconds_a_turn, turns, seconds (training, evaluation, checkpoints, total), peak_bytes, checkpoint_bytes,
     disk_bytes, what was assumed, notes on what may not fit, the calibration, and whether other work disturbed it.
     Raises what building the request raises.
     """
-    if world_of(request.method) != "language":
-        raise MethodError(
-            f"plan predicts language runs, whose batches can be made small; where the time of a turn of "
-            f"{request.method} goes is measured by: trimtab profile"
-        )
     made = build(settle(request))
     try:
         with beside() as others:
-            found = _planned(made)
+            found = planned(made) if world_of(request.method) == "control" else _planned(made)
     finally:
         made.close()
     if others["busy"]:
@@ -140,7 +137,7 @@ def calibrated(made: Experiment) -> tuple[State, list[Turn], int]:
     method = made.method
     path = next((p for p in SIZES if p in method.flatten()), "")
     whole = int(method.get(path)) if path else 0
-    state = begin(method, made.environment, made.models, seed=made.request.seed)
+    state = made.begin()
     size, spent, turns = max(1, math.ceil(whole * FIRST)), 0.0, []
     measured(made, state, path, size)  # the first one warms up
     while True:
@@ -332,10 +329,16 @@ def lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
     seconds = found["seconds"]
     yield "a turn", f"{found['seconds_a_turn']:.3g} s"
+    if "first_turn" in found:  # control: what a turn is differs between methods
+        first, made = found["first_turn"], found["sizes"]["decisions"]
+        yield "a decision", f"{found['seconds_a_turn'] / made:.3g} s" if made else "none are made"
+        yield f"the first turn, {first['decisions']:,} decisions", duration(first["seconds"])
     yield f"training, {found['turns']} turns", duration(seconds["training"])
     yield "evaluation", duration(seconds["evaluation"])
     yield "checkpoints", duration(seconds["checkpoints"])
     yield "together", duration(seconds["total"])
     yield "peak memory", size_words(found["peak_bytes"])
     yield "a checkpoint", size_words(found["checkpoint_bytes"])
-    yield "on disk", size_words(found["disk_bytes"])
+    if found.get("replay_bytes"):
+        yield "replay on disk", size_words(round(found["replay_bytes"]))
+    yield "on disk", size_words(round(found["disk_bytes"]))
