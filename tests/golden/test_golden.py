@@ -47,6 +47,7 @@ BUILT: dict[str, Callable[[], Method]] = {
     "chord": lambda: chord(toy(stale())),
     "d3s": lambda: d3s(toy(stale()).wrap("collect", graded()), share=twins.SHARE, tokens=twins.TOKENS),
     "remix": lambda: find("remix")(toy(find("grpo")()), passes=remix_twin.PASSES),
+    "subnetwork": lambda: toy(find("subnetwork")(stale())),
     "rec": lambda: toy(find("rec")(find("grpo")(passes=rec_twin.PASSES))).set("update.lr", rec_twin.LR),
 }
 

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import subcommand
 
 from trimtab.cli.looking import Diff, Doctor, Explain, Methods, Report
-from trimtab.cli.measuring import Claim, Plan, Profile
+from trimtab.cli.measuring import Claim, Plan, Profile, Sparsity
 from trimtab.cli.running import Compare, Eval, Export, Resume, Train, Watch
 
 Command = (
@@ -24,6 +24,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Sparsity, subcommand("sparsity")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]
