@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from trimtab.cli.looking import Diff, Doctor, Explain, Methods
+from trimtab.cli.looking import Diff, Doctor, Explain, Methods, Report
 from trimtab.cli.measuring import Claim, Plan, Profile
 from trimtab.cli.running import Compare, Eval, Export, Resume, Train, Watch
 
@@ -21,6 +21,7 @@ Command = (
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Methods, subcommand("methods")]

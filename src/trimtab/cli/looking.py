@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from trimtab.cli.printing import table
-from trimtab.cli.setting import Expression
+from trimtab.cli.setting import Expression, Folder
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,36 @@ class Explain:
         if world_of(self.method) != "control":
             raise MethodError(f"{self.method} is the same method whatever policy it trains; leave --policy out")
         return read_start(self.policy).said(method)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run anew, finished or running, and say what its numbers suggest (exit code 0 either way).
+
+    trimtab report runs/grpo-tiny-s0
+    """
+
+    run: Folder
+    json: bool = False
+    """Print the object of findings.json and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.report.diagnose import RULES
+        from trimtab.report.folder import RunFolder
+        from trimtab.report.html import write_report
+
+        page = write_report(self.run)
+        made = RunFolder(self.run).read_json("findings")
+        if self.json:
+            print(json.dumps(made))
+            return 0
+        for found in made["findings"]:
+            print(f"- {found['sentence']}")
+        about = {rule.kind: rule.about for rule in RULES}
+        calm = [about[kind] for kind in made["checked"] if kind not in {f["kind"] for f in made["findings"]}]
+        print(f"no finding: {'; '.join(calm)}" if calm else "nothing else could be checked")
+        print(f"report: {page}")
+        return 0
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def begin(method: Method, environment: Any, models: Mapping[str, nn.Module], *, 
             source = rules[source].source
         copies[name] = Kept.of(name, rule, named[source])
     state = State(seed, method.fingerprint(), method.name, named, copies, environment)
-    for m in (method, *(p.method for p in method.phases)):
+    for m in [p.method for p in method.phases] or [method]:  # a maker sees the method that its piece stands in
         make_state(state, m)
     return state
 
@@ -79,7 +79,8 @@ def run(
     """Run `method`, yielding after every turn: `for step in run(...)` is the extension API.
 
     until: turns, or budgets by counter: `{"decisions": 100_000}` (turns, updates, decisions, rows; first one reached).
-    memory: rows per forward and backward pass; changes nothing beyond rounding. state: go on from here.
+    memory: rows per forward and backward pass; changes nothing beyond rounding. None: all of them, or as many as the
+    policy reads well at once (`rows_at_once`). state: go on from here.
     debug: hold every piece to its declared columns and forbid it to change parameters.
     """
     budget = {"turns": until} if isinstance(until, int) else dict(until)
@@ -87,7 +88,9 @@ def run(
         if name not in COUNTERS:
             raise MethodError(f"until={name!r} is not counted. {nearest(name, COUNTERS)}")
     if memory is not None and (not isinstance(memory, int) or memory < 1):
-        raise MethodError(f"memory={memory!r} must be a whole number of rows, at least 1, or None for all at once")
+        raise MethodError(
+            f"memory={memory!r} must be a whole number of rows, at least 1, or None to leave it to the policy"
+        )
     named = {"policy": models} if isinstance(models, nn.Module) else models
     state = state if state is not None else begin(method, environment, named, seed=seed)
     if state.fingerprint != method.fingerprint():

@@ -6,6 +6,7 @@ eval.jsonl      one record an evaluation of held-out problems; the first is from
 samples.jsonl   transcripts
 checkpoints/    saved states
 report.html     the page made from the above
+findings.json   what the numbers suggest, and which rules could be checked
 tensorboard/    event files, if asked for
 model/          the exported policy
 start/          the model of an earlier run that it began with, if asked for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from trimtab.policies.start import ABOUT, ACTING, MOMENTS, Start, described, rea
 from trimtab.report.folder import START
 from trimtab.returns import HELD_OUT, MOST_AT_ONCE, Returns, current, evaluated
 from trimtab.runs.request import Request
+from trimtab.stages.signals import FEWEST, measured, numbers
 
 PACKAGES = ("gymnasium", "mujoco", "minigrid")
 
@@ -78,7 +80,7 @@ class ControlExperiment:
         }
 
     def measured(self, step: Step) -> dict[str, float]:
-        return step.logs
+        return {**of_batch(step, self.environment), **step.logs}
 
     def sample(self, step: Step) -> Iterator[Mapping[str, Any]]:
         return iter(())
@@ -109,6 +111,33 @@ class ControlExperiment:
     def close(self) -> None:
         self.environment.close()
         self.exam.close()
+
+
+LOOK_EVERY = 2048  # decisions: what a batch says of learning is read off it that often, however small the batches
+
+
+def of_batch(step: Step, environment: Any) -> dict[str, float]:
+    """What a turn's batch says of learning (`signals.measured`), and how widely the policy acted in it.
+
+    `action_entropy` in nats for numbered actions, `action_width` = exp(H / d) for d real ones: the side of the cube
+    that is as large as what they are drawn from, H = -mean log pi(a) as sampled. {} for batches of fewer than 64
+    decisions, for replayed ones, and for all but one in 2048 decisions.
+    """
+    batch = step.batch
+    if "advantage" not in batch or "mask" not in batch:
+        return {}
+    size, done = batch["mask"].numel(), step.state.clock.decisions
+    if size < FEWEST or done // LOOK_EVERY == (done - size) // LOOK_EVERY:
+        return {}
+    made = measured(batch)
+    if "logp_behavior" in batch:
+        entropy = -batch["logp_behavior"][batch["mask"].bool()].double().mean()
+        space = environment.action_space
+        numbered = not batch["action"].is_floating_point()
+        made["action_entropy" if numbered else "action_width"] = (
+            entropy if numbered else (entropy / math.prod(space.shape)).exp()
+        )
+    return numbers(made)
 
 
 def tensors_of(value: Any) -> dict[str, Tensor]:

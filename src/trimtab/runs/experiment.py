@@ -17,6 +17,7 @@ from trimtab.core.errors import CheckpointError, DiskError, TrimtabError
 from trimtab.core.loop import Step, run
 from trimtab.core.method import show
 from trimtab.core.state import State, checkpoints, load, save
+from trimtab.report.course import Course
 from trimtab.report.folder import RunFolder
 from trimtab.report.live import LiveView
 from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
@@ -138,7 +139,8 @@ def _go(
     records = usual(request.method).records
     title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten(), world_of(request.method))
     ((unit, until),) = request.budget.items()
-    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead, words=words_of(world_of(request.method))))  # type: ignore[arg-type]
+    words, course = words_of(world_of(request.method)), Course.of(folder.metrics(), folder.evaluations())
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead, words=words, course=course))  # type: ignore[arg-type]
     if request.tensorboard:
         view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
@@ -190,6 +192,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
         "turns": state.clock.turns,
         "finished": not tally.stopped,
         "report": str(report),
+        "findings": folder.read_json("findings")["findings"],
     }
 
 

@@ -21,6 +21,7 @@ from trimtab.environments.spec import FORMS
 from trimtab.evaluation import Evaluation, answer_length
 from trimtab.report.intervals import mean_interval
 from trimtab.runs.request import Request
+from trimtab.stages.signals import measured, numbers
 
 
 @dataclass
@@ -67,7 +68,7 @@ class LanguageExperiment:
         }
 
     def measured(self, step: Step) -> dict[str, float]:
-        return {**of_batch(step.batch, step.logs), **step.logs}
+        return {**of_batch(step.batch, step.logs), **numbers(measured(step.batch)), **step.logs}
 
     def sample(self, step: Step) -> Iterator[Mapping[str, Any]]:
         return group_sample(self.policy, step)
