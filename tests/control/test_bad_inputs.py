@@ -87,3 +87,13 @@ def test_an_episode_that_never_ends_stops_the_run_with_the_way_out(
     refused(said, "has no time limit and its episode does not end", "Nothing was recorded yet")
     limited = f"{COUNTER}(fault='never ends', max_episode_steps=9)"
     assert say(*typed(SAC, limited, tmp_path / "c", "--decisions", "12")).code == 0
+
+
+def test_a_budget_that_ends_with_the_warm_up_is_said(tmp_path: Path, say: Say) -> None:
+    said = say(*typed("sac(hidden=(8,), warmup=30, batch=4)", COUNTER, tmp_path / "a", "--decisions", "20"))
+    assert said.code == 0, said.err
+    text = " ".join(said.out.split())
+    assert "makes 30 decisions before anything is learned" in text
+    assert "this run makes one update" in text
+    again = say(*typed(SAC, COUNTER, tmp_path / "b", "--decisions", "20"))
+    assert "before anything is learned" not in " ".join(again.out.split())
