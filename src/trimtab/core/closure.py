@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
 from trimtab.core.kit import Kit
+from trimtab.core.leaves import parameters_of
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count_rows, phase, timed
@@ -36,9 +37,11 @@ class Gradient:
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
         grads = list(self.grads.values())
-        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL and all(g.is_cpu for g in grads):
+        if not all(g.is_cpu and g.dtype == grads[0].dtype for g in grads):
+            return torch.nn.utils.get_total_norm(grads)
+        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL:
             return torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))  # quicker
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # what get_total_norm comes to
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Closure:
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
         if self._replaced:
-            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            return {n: p for n, p in parameters_of(self.model).items() if p.requires_grad}
         return dict(self.kit.trained(self.track.trains))
 
     def __call__(
@@ -248,7 +251,7 @@ class Closure:
 
     def _version(self) -> int:
         """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return hash(tuple((id(p), p._version) for p in parameters_of(self.model).values()))
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""

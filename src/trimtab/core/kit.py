@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, PurityError, nearest
+from trimtab.core.leaves import parameters_of
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
 from trimtab.core.stopwatch import count_rows, phase, timed
@@ -76,15 +77,15 @@ class Kit:
         """The same kit, showing this piece's own state."""
         if not piece.state:
             return self
-        other = copy.copy(self)
-        other.state = Own(self._tree.pieces, self.scope, piece)
+        other = object.__new__(Kit)
+        other.__dict__.update(self.__dict__, state=Own(self._tree.pieces, self.scope, piece))
         return other
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The parameters of a model that are trained, by name; looked up once a turn."""
         if name not in self._trained:
-            named = self.models[name].named_parameters()
-            self._trained[name] = {n: p for n, p in named if p.requires_grad}
+            named = parameters_of(self.models[name])
+            self._trained[name] = {n: p for n, p in named.items() if p.requires_grad}
         return self._trained[name]
 
     def rng(self, name: str) -> torch.Generator:
@@ -200,7 +201,7 @@ class Kit:
         with phase("evaluate"), torch.enable_grad():
             count_rows(plain)
             made = model.evaluate(plain, want)
-        self._ahead[name] = ([(p, p._version) for p in model.parameters()], dict(plain.columns), made)
+        self._ahead[name] = ([(p, p._version) for p in parameters_of(model).values()], dict(plain.columns), made)
         return {k: v.detach() for k, v in made.items()}
 
     def taken_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> dict[str, Tensor] | None:

@@ -24,13 +24,13 @@ SAMPLED = frozenset({"sample", "sample_logp"})
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as a constant: gradients go through it, not into its parameters, and none is computed for them."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+def held(kit: Kit, name: str) -> Iterator[nn.Module]:
+    """A model as a constant: gradients go through it, not into its parameters, and none is computed for them."""
+    learning = kit.trained(name).values()
     for p in learning:
         p.requires_grad_(False)
     try:
-        yield model
+        yield kit.models[name]
     finally:
         for p in learning:
             p.requires_grad_(True)
@@ -163,7 +163,7 @@ def td_error(batch: Batch, now: Now, *, scale: float = 1.0, huber: float | None 
 def climb(kit: Kit, batch: Batch, now: Now) -> Term:
     """`-Q_1(s, pi(s))`, `[N, T]`: the deterministic policy gradient (Lillicrap et al. 2016, eq. 6; TD3 takes Q_1)."""
     here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
-    with held(kit.models["critic"]) as critic:
+    with held(kit, "critic") as critic:
         return Term(-critic.evaluate(here, frozenset({"first"}))["first"], "climb")  # type: ignore[operator]
 
 
@@ -175,7 +175,7 @@ def soft_climb(kit: Kit, batch: Batch, now: Now, *, temperature: Callable[[], fl
     """
     here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
     logp = now["sample_logp"]
-    with held(kit.models["critic"]) as critic:
+    with held(kit, "critic") as critic:
         value = critic.evaluate(here, frozenset({"value"}))["value"].amin(-1)  # type: ignore[operator]
     return [Term(temperature() * logp - value, "soft_climb"), Term(-logp.detach(), "entropy", metric=True)]
 
