@@ -80,7 +80,8 @@ def _plain(x: Tensor, half: bool, held: Sequence[Tensor], activation: Callable[[
 
 
 # -- layers with ReLU between them, as one step of the gradient --------------------------------------------------
-# The first layer of all members is one product, for they read the same; the others are one product each.
+# The first layer of all members is one product, for they read the same. One layer's numbers are `[E, R, ...]`, E = 1 of
+# layers that are not stacked.
 
 
 class _Relu(torch.autograd.Function):
@@ -104,12 +105,14 @@ class _Relu(torch.autograd.Function):
             found = list(torch.autograd.grad(_plain(x, ctx.half, held, torch.relu), of, grads, create_graph=True))
             dx = found.pop(0) if into_x else None
             return dx, None, *(found or [None] * count)
-        down, made = _backward(grads[0].contiguous(), hidden, factors, held, into_held)
+        stacked, grad = held[0].dim() == 3, grads[0].contiguous()
+        down, made = _backward(grad if stacked else grad[None], hidden, factors, into_held)
         dx = _product(down, _side_by_side(held)[0].t()) if into_x else None
         if not into_held:
             return dx, None, *[None] * count
         weight = _product(x.t(), down.t()).t().contiguous()  # in this order oneDNN takes half the time
-        return dx, None, weight.view(held[0].shape), down.sum(0).view(held[1].shape), *made
+        made = [weight, down.sum(0), *made]
+        return dx, None, *(m.view(p.shape) for m, p in zip(made, held))
 
 
 def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -118,48 +121,51 @@ def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The result; what each layer after the first read, member by member; and the factors of those layers, `[E, ...]`.
-
-    What is read has the type of the factor, float32 or bfloat16.
-    """
+    """The result; what each layer after the first read, and the weights of those layers, as factors of the products."""
     stacked, last = held[0].dim() == 3, len(held) // 2 - 1
-    factors = []
-    for i, p in enumerate(held[2:], 2):
-        made = p if stacked else p[None]
-        factors.append(made.to(torch.bfloat16) if half and i < 2 * last else made)
-    given = _product(x, *_side_by_side(held), last > 0)
-    results, hidden = [], []
-    for y, *member in zip(given.tensor_split(len(held[0]) if stacked else 1, 1), *(f.unbind() for f in factors)):
-        for weight, bias in zip(member[::2], member[1::2]):
-            y = y.to(weight.dtype).contiguous()  # see `_product`
-            hidden.append(y)
-            y = _product(y, weight, bias, len(hidden) % last > 0)
-        results.append(y)
-    return (torch.stack(results) if stacked else results[0]), hidden, factors
+    hidden, factors = [], []
+    y = _product(x, *_side_by_side(held), last > 0)
+    y = y.unflatten(1, (len(held[0]), -1)).transpose(0, 1) if stacked else y[None]
+    for i in range(1, last + 1):
+        weight, bias = (p if stacked else p[None] for p in held[2 * i : 2 * i + 2])
+        if half and i < last:
+            weight, bias = weight.to(torch.bfloat16), bias.to(torch.bfloat16)
+        y = _in_order(y, weight.dtype)
+        hidden.append(y)
+        factors.append(weight)
+        y = _products(y, weight, bias, i < last)
+    return (y.contiguous() if stacked else y[0]), hidden, factors
 
 
 def _backward(
-    grad: Tensor, hidden: list[Tensor], factors: list[Tensor], held: Sequence[Tensor], into_held: bool
+    grad: Tensor, hidden: list[Tensor], factors: list[Tensor], into_held: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of what the first layers of all members give, side by side, and of all later weights and biases."""
-    stacked, last = held[0].dim() == 3, len(held) // 2 - 1
-    grads = grad if stacked else grad[None]
-    if not last:
-        return grads.transpose(0, 1).flatten(1), []
-    made = [torch.empty_like(p) for p in held[2:]] if into_held else []
-    into = [p if stacked else p[None] for p in made]
-    width = held[1].shape[-1]
-    down = grad.new_empty(grads.shape[1], len(grads) * width)
-    for e, g in enumerate(grads.unbind()):
-        for i in range(last, 0, -1):
-            read, weight = hidden[e * last + i - 1], factors[2 * i - 2][e]
-            g = g.to(weight.dtype)
-            if into_held:
-                into[2 * i - 2][e].copy_(_product(g.t(), read.t()))
-                into[2 * i - 1][e].copy_(g.sum(0, dtype=torch.float32))
-            g = torch.ops.aten.threshold_backward(_product(g, weight.t()), read, 0)
-        down[:, e * width : (e + 1) * width] = g
-    return down, made
+    """The gradient of what the first layers give, side by side `[R, E O]`, and of all later weights and biases."""
+    made: list[Tensor] = []
+    for read, weight in zip(reversed(hidden), reversed(factors)):
+        grad = grad.to(weight.dtype)
+        if into_held:
+            made = [_products(grad.mT, read.mT).float(), grad.sum(1, dtype=torch.float32), *made]
+        grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
+    return _in_order(grad.transpose(0, 1), torch.float32).flatten(1), made
+
+
+def _in_order(x: Tensor, kind: torch.dtype) -> Tensor:
+    """`x` of this type and without gaps or turned axes (see `_product`), in one pass."""
+    return x.contiguous() if x.dtype == kind else x.to(kind, memory_format=torch.contiguous_format)
+
+
+def _products(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """`_product` of each member: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`."""
+    if bias is None and a.shape[2] == 1:
+        return a * b.mT
+    if len(a) == 1:
+        return _product(a[0], b[0], None if bias is None else bias[0], relu)[None]
+    if a.dtype == torch.bfloat16 or not _worth(a.shape[1], a.shape[2], b.shape[1]):
+        made = torch.bmm(a, b.mT) if bias is None else torch.baddbmm(bias[:, None], a, b.mT)
+        return made.relu_() if relu else made
+    biases = [None] * len(a) if bias is None else bias.unbind()
+    return torch.stack([_product(*one, relu) for one in zip(a.unbind(), b.unbind(), biases)])
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
