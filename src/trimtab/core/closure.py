@@ -96,7 +96,7 @@ class Closure:
         weighed: dict[str, Tensor] = {}  # of metrics: the weight of the decisions that were looked at
         with self._at(params) as at:
             mine = list(at.values())
-            loss = mine[0].new_zeros(())
+            loss: Tensor | None = None
             self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
@@ -104,7 +104,8 @@ class Closure:
                 values = {name: t.sum() for name, t in terms.items()}
                 totals: dict[int, Tensor] = {}  # metrics of one loss share their weights
                 for name, v in values.items():
-                    sums[name] = sums[name] + v.detach() if name in sums else v.detach()
+                    v = v.detach() if v.requires_grad else v
+                    sums[name] = sums[name] + v if name in sums else v
                     weight = terms[name].weight
                     if terms[name].metric and not is_even(weight):  # a metric of even weights is a mean already
                         total = totals[id(weight)] if id(weight) in totals else weight.sum()
@@ -114,7 +115,8 @@ class Closure:
                 if not added:
                     continue
                 value = sum(added[1:], added[0])
-                loss = loss + (value if create_graph else value.detach())
+                share = value if create_graph else value.detach()
+                loss = share if loss is None else loss + share
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
                 with phase("backward"):
@@ -129,7 +131,7 @@ class Closure:
             self._short = False
             floor = {id(w): w.clamp_min(1e-30) for w in weighed.values()}
             reported = {n: v / floor[id(weighed[n])] if n in weighed else v for n, v in sums.items()}
-            made = Gradient(loss, dict(zip(at, grads)), reported)
+            made = Gradient(mine[0].new_zeros(()) if loss is None else loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, list(summed))
         return made
@@ -316,7 +318,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if math.isfinite(float(made.loss.detach() + made.norm)):
+        if math.isfinite(float(made.loss + made.norm)):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

@@ -117,7 +117,7 @@ class Kit:
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Record a number; several of one turn are averaged. Tensors are read once, at the end of the turn."""
-        self._logs.append((name, value.detach() if isinstance(value, Tensor) else value))
+        self._logs.append((name, value.detach() if isinstance(value, Tensor) and value.requires_grad else value))
 
     def once(self, piece: Piece, compute: Callable[[], Any]) -> Any:
         """The value of an update-scope part: computed while preparing, from all rows of the update; then constant."""
@@ -176,10 +176,9 @@ class Kit:
         model: Any = self.models[name]
         plain = batch.guarded(None)
         count_rows(plain)
-        rows = torch.arange(len(batch)) if unit is None else unit
-        parts = split(rows, self.memory)
-        if len(parts) == 1:
+        if self.memory is None or self.memory >= len(batch):
             return model.evaluate(plain, want)
+        parts = split(torch.arange(len(batch)) if unit is None else unit, self.memory)
         outs = [model.evaluate(plain.take(part), want) for part in parts]
         order = torch.argsort(torch.cat(parts))
         return {k: torch.cat([o[k] for o in outs]).index_select(0, order.to(outs[0][k].device)) for k in outs[0]}

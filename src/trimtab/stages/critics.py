@@ -76,7 +76,7 @@ def smoothed_target(
     `n = clip(smoothing N(0, 1), -clip, clip)` and c is half the width of the action's box, so that both are shares of
     it (Fujimoto et al. 2018, eq. 14 to 16); `next_noise` holds n. With smoothing 0 nothing is drawn.
     """
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"]})
+    future = batch.beside(obs=batch["next_obs"])
     action = kit.evaluate("policy_target", future, {"sample"})["sample"]
     noise = None
     if smoothing > 0:
@@ -116,7 +116,7 @@ def soft_target(
     `a'` is made by the policy of this moment from the noise in `next_noise` (Haarnoja et al. 2018, eq. 5 and 6).
     """
     noise = gaussian(kit, "next_action", batch)
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"], "noise": noise})
+    future = batch.beside(obs=batch["next_obs"], noise=noise)
     made = kit.evaluate("policy", future, SAMPLED)
     value = kit.evaluate("critic_target", future.put(action=made["sample"]), {"value"})["value"].amin(-1)
     value = value - temperature() * made["sample_logp"]
@@ -127,7 +127,7 @@ def soft_target(
        uses=("policy_target",), validate=_discount)  # fmt: skip
 def greedy_target(kit: Kit, batch: Batch, now: Now, *, gamma: float = 0.99) -> Batch:
     """`y = r + gamma (1 - terminated) max_a Q'(s', a)`, `[N, T]` (Mnih et al. 2015, algorithm 1)."""
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"]})
+    future = batch.beside(obs=batch["next_obs"])
     value = kit.evaluate("policy_target", future, {"values"})["values"].amax(-1)
     return batch.put(target=_bootstrap(batch, value, gamma))
 
@@ -162,7 +162,7 @@ def td_error(batch: Batch, now: Now, *, scale: float = 1.0, huber: float | None 
 @piece("loss", reads=("obs", "mask"), wants=("sample",), uses=("critic",), rows=None)
 def climb(kit: Kit, batch: Batch, now: Now) -> Term:
     """`-Q_1(s, pi(s))`, `[N, T]`: the deterministic policy gradient (Lillicrap et al. 2016, eq. 6; TD3 takes Q_1)."""
-    here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
+    here = batch.beside(obs=batch["obs"], action=now["sample"])
     with held(kit, "critic") as critic:
         return Term(-critic.evaluate(here, frozenset({"first"}))["first"], "climb")  # type: ignore[operator]
 
@@ -173,7 +173,7 @@ def soft_climb(kit: Kit, batch: Batch, now: Now, *, temperature: Callable[[], fl
 
     Metric `entropy`: `-log pi(a|s)` of those actions.
     """
-    here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
+    here = batch.beside(obs=batch["obs"], action=now["sample"])
     logp = now["sample_logp"]
     with held(kit, "critic") as critic:
         value = critic.evaluate(here, frozenset({"value"}))["value"].amin(-1)  # type: ignore[operator]
