@@ -80,8 +80,8 @@ def _plain(x: Tensor, half: bool, held: Sequence[Tensor], activation: Callable[[
 
 
 # -- layers with ReLU between them, as one step of the gradient --------------------------------------------------
-# The first layer of all members is one product, for they read the same. One layer's numbers are `[E, R, ...]`, E = 1 of
-# layers that are not stacked.
+# One layer's numbers are `[R, ...]`, or `[E, R, ...]` where layers are stacked; the first layer of all members is one
+# product, for they read the same.
 
 
 class _Relu(torch.autograd.Function):
@@ -105,8 +105,7 @@ class _Relu(torch.autograd.Function):
             found = list(torch.autograd.grad(_plain(x, ctx.half, held, torch.relu), of, grads, create_graph=True))
             dx = found.pop(0) if into_x else None
             return dx, None, *(found or [None] * count)
-        stacked, grad = held[0].dim() == 3, grads[0].contiguous()
-        down, made = _backward(grad if stacked else grad[None], hidden, factors, into_held)
+        down, made = _backward(grads[0].contiguous(), hidden, factors, into_held)
         dx = _product(down, _side_by_side(held)[0].t()) if into_x else None
         if not into_held:
             return dx, None, *[None] * count
@@ -122,32 +121,32 @@ def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The result; what each layer after the first read, and the weights of those layers, as factors of the products."""
-    stacked, last = held[0].dim() == 3, len(held) // 2 - 1
-    hidden, factors = [], []
+    last, hidden, factors = len(held) // 2 - 1, [], []
     y = _product(x, *_side_by_side(held), last > 0)
-    y = y.unflatten(1, (len(held[0]), -1)).transpose(0, 1) if stacked else y[None]
+    if held[0].dim() == 3:
+        y = y.unflatten(1, (len(held[0]), -1)).transpose(0, 1)
     for i in range(1, last + 1):
-        weight, bias = (p if stacked else p[None] for p in held[2 * i : 2 * i + 2])
+        weight, bias = held[2 * i : 2 * i + 2]
         if half and i < last:
             weight, bias = weight.to(torch.bfloat16), bias.to(torch.bfloat16)
         y = _in_order(y, weight.dtype)
         hidden.append(y)
         factors.append(weight)
         y = _products(y, weight, bias, i < last)
-    return (y.contiguous() if stacked else y[0]), hidden, factors
+    return y.contiguous(), hidden, factors
 
 
 def _backward(
     grad: Tensor, hidden: list[Tensor], factors: list[Tensor], into_held: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of what the first layers give, side by side `[R, E O]`, and of all later weights and biases."""
+    """The gradient of what the first layer gives, of all members `[R, E O]`, and of all later weights and biases."""
     made: list[Tensor] = []
     for read, weight in zip(reversed(hidden), reversed(factors)):
         grad = grad.to(weight.dtype)
         if into_held:
-            made = [_products(grad.mT, read.mT).float(), grad.sum(1, dtype=torch.float32), *made]
+            made = [_products(grad.mT, read.mT).float(), grad.sum(-2, dtype=torch.float32), *made]
         grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
-    return _in_order(grad.transpose(0, 1), torch.float32).flatten(1), made
+    return _in_order(grad.movedim(-2, 0), torch.float32).flatten(1), made
 
 
 def _in_order(x: Tensor, kind: torch.dtype) -> Tensor:
@@ -156,11 +155,11 @@ def _in_order(x: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """`_product` of each member: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`."""
-    if bias is None and a.shape[2] == 1:
+    """`_product`, of each member where there are some: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`."""
+    if bias is None and a.shape[-1] == 1:
         return a * b.mT
-    if len(a) == 1:
-        return _product(a[0], b[0], None if bias is None else bias[0], relu)[None]
+    if a.dim() == 2:
+        return _product(a, b, bias, relu)
     if a.dtype == torch.bfloat16 or not _worth(a.shape[1], a.shape[2], b.shape[1]):
         made = torch.bmm(a, b.mT) if bias is None else torch.baddbmm(bias[:, None], a, b.mT)
         return made.relu_() if relu else made
