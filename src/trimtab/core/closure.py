@@ -341,7 +341,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if math.isfinite(float(made.loss + made.norm)):
+        if math.isfinite(float((made.loss + made.norm).detach())):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"
