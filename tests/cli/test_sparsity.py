@@ -110,7 +110,13 @@ def test_runs_that_began_apart_are_compared_and_it_is_said(
     assert "The two began from different parameters" in " ".join(out.split())
 
 
-def test_model_folders_files_builtins_and_a_common_start(place: Path, tmp_path: Path) -> None:
+def test_model_folders_files_builtins_and_a_common_start(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = asked(capsys, "nano", place / "a" / "model", "--out", tmp_path / "p")
+    assert code == 0
+    assert "nano -> " in out
+    assert (tmp_path / "p" / "sparsity-dark.svg").stat().st_size > 5000
     run = compare(place / "a")["updates"][0]
     by_model = compare("nano", place / "a" / "model")["updates"][0]
     assert by_model["total"] == run["total"]
