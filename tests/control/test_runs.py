@@ -249,15 +249,6 @@ def test_export_writes_every_network_and_what_acting_reads(whole: Path, tmp_path
     assert json.loads((model / "model.json").read_text())["environment"] == "CartPole-v1"
 
 
-def test_profile_measures_turns_of_a_control_run(say: Say) -> None:
-    said = say(*typed("profile", "--turns", "1", "--json"))
-    assert said.code == 0, said.err
-    found = json.loads(said.out)
-    assert found["phases"][0]["path"] == ["turn"]
-    assert found["tokens_a_turn"]["response"] == 16
-    refused(say(*typed("plan")), "trimtab profile")
-
-
 # -- faults --------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +257,7 @@ def test_profile_measures_turns_of_a_control_run(say: Say) -> None:
     [
         (["--env", "Pendulun-v1"], ["Did you mean 'Pendulum-v1'"]),
         (["--env", "reasoning-gym:chain_sum"], ["acts in Gymnasium environments", "for language methods"]),
-        (["--env", COUNTER, "--policy", "nano"], ["--policy is an option of language methods", "leave it out"]),
+        (["--env", COUNTER, "--policy", "nano"], ["the networks of an earlier run", "leave it out"]),
         (["--env", COUNTER, "--lora", "8"], ["--lora is an option of language methods"]),
         (["--env", COUNTER, "--eval-temperature", "1"], ["--eval-temperature is an option of language methods"]),
         (["--env", COUNTER, "--envs", "0"], ["envs=0 must be a whole number of at least 1"]),
@@ -336,7 +327,7 @@ def test_a_method_that_needs_log_probabilities_refuses_a_policy_without_them(
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    monkeypatch.setattr(networks, "build_networks", lambda *given: {"policy": Fixed()})
+    monkeypatch.setattr(networks, "build_networks", lambda *given, **more: {"policy": Fixed()})
     said = say("train", METHOD, "--env", COUNTER, "--out", str(tmp_path / "a"))
     refused(said, "provides", "logp", "without likelihoods")
 

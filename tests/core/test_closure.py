@@ -401,9 +401,44 @@ def test_the_forward_that_prepared_a_part_serves_one_gradient_and_no_other_param
     torch.testing.assert_close(stale, c().grads["x"], msg="the prepared forward was used at other parameters")
 
 
+def test_a_policy_says_how_many_rows_it_reads_at_once_where_nobody_does() -> None:
+    """Unless a forward of all rows is there already."""
+
+    def counted(m: Method | None, memory: int | None) -> tuple[list[int], Tensor]:
+        c = closure(m, memory=memory)
+        model: Any = c.model
+        evaluate, calls = model.evaluate, list[int]()
+        model.rows_at_once = lambda batch: 4
+        model.evaluate = lambda batch, want: calls.append(len(batch)) or evaluate(batch, want)
+        return calls, c().grads["x"]
+
+    whole = exact(Quadratic().x.detach())[1]
+    for memory, want in ((None, [4, 2]), (3, [3, 3]), (6, [6])):
+        calls, grad = counted(None, memory)
+        assert calls == want
+        torch.testing.assert_close(grad, whole)
+    assert counted(method(centred(middle=centre())), None)[0] == []
+
+
 def test_updates_run_on_their_own_rows() -> None:
     m = method().but(rows=4)
     state = begin(m, None, {"policy": Quadratic()})
     kit = Kit(state, m, None, False)
     updates(state, kit, collected(kit))
     assert state.clock.updates == 2
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_shares_of_parts_add_up_to_the_whole(per: str) -> None:
+    made = closure(method(bowl(per=per)))
+    whole = made()
+    parts = [torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2, 4, 5])]
+    shares = [made.share(part) for part in parts]
+    loss = sum(share["bowl"].sum() for share in shares)
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(loss, list(made.params.values()))
+    torch.testing.assert_close(grad, whole.grads["x"], rtol=1e-12, atol=0)
+    height = sum(share["height"].sum() for share in shares) / sum(share["height"].weight.sum() for share in shares)
+    torch.testing.assert_close(height, whole.terms["height"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(made.share(torch.arange(N))["bowl"].sum(), whole.loss, rtol=1e-12, atol=0)

@@ -315,8 +315,9 @@ def test_rows_it_does_not_concern_keep_what_they_had() -> None:
     def dropping(batch: Batch) -> Batch:
         return batch.take(batch.row < 3)
 
-    with pytest.raises(MethodError, match="dropping drops rows of a batch"):
-        mixed(("keep",), dropping, stage="select")
+    assert mixed((), dropping, stage="select").row.tolist() == [0, 1, 2, 7, 8, 9], "a select drops rows of its own"
+    with pytest.raises(MethodError, match=r"dropping \(credit\) gives 3 rows for 7"):
+        mixed(("advantage",), dropping)
 
 
 # -- debug mode --------------------------------------------------------------------------------------------------

@@ -275,3 +275,15 @@ def test_a_phase_may_add_a_loss() -> None:
     steps = list(run(m, None, nets(), until=2))
     assert any("second" in k for k in steps[1].logs)
     assert not any("second" in k for k in steps[0].logs)
+
+
+def test_what_makes_the_state_of_a_piece_sees_the_method_of_its_phase() -> None:
+    @piece("annotate", state={"learners": lambda kit, options: [t.name for t in kit.method.tracks]})
+    def looking(kit: Kit, batch: Batch) -> Batch:
+        return batch
+
+    made = phased(
+        "two", [Phase("one", leg("one", "a").then(looking()), {"turns": 1}), Phase("two", leg("two", "a"), {})]
+    )
+    state = begin(made, None, {"a": Net(0)})
+    assert state.pieces["/learners"] == [t.name for t in made.phases[0].method.tracks]

@@ -95,7 +95,9 @@ def test_writing_changes_only_what_differs_and_removes_what_is_gone(tmp_path: Pa
     (folder / "mine.md").write_text("written by hand")
     (folder / "rloo.md").write_text("damaged")
     assert pages.write(folder) == ["old.md", "rloo.md"]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(["README.md", "mine.md", *(f"{n}.md" for n in methods())])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["README.md", "edits.md", "mine.md", *(f"{n}.md" for n in methods())]
+    )
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

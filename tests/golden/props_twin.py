@@ -79,3 +79,11 @@ def behavior(
         gradient = [g * min(1.0, clip / (norm + 1e-6)) for g in gradient]
         phi = Linear.of(adam.step(phi.flat(), gradient))
     return phi, epochs
+
+
+def away(theta: Linear, rows: list[tuple[list[float], float]], *, lr: float) -> Linear:
+    """ROS: `phi = theta - lr mean grad log pi_theta(a|s)`, away from what was done; theta where nothing was."""
+    phi = theta.flat()
+    for s, a in rows:
+        phi = [p - lr * g / len(rows) for p, g in zip(phi, theta.score(s, a))]
+    return Linear.of(phi)

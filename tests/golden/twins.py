@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden import aepo_twin, capo_twin, hapo_twin, rec_twin, remix_twin
+from tests.golden import aepo_twin, capo_twin, hapo_twin, rec_twin, remix_twin, subnetwork_twin
 
 PASSES = 2
 LR = 0.5
@@ -343,4 +343,5 @@ TWINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "aepo": lambda batch, start: aepo_twin.aepo(batch, start, batch),
     "capo": lambda batch, start: capo_twin.capo(batch, start),
     "hapo": lambda batch, start: hapo_twin.hapo(batch, start),
+    "subnetwork": lambda batch, start: subnetwork_twin.everything(batch, start),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.language.test_training_pass import ragged
 from trimtab.policies.builtin import load_policy
-from trimtab.policies.lean import Adapted, Gated, Norm, lean
+from trimtab.policies.lean import Adapted, Gated, GatedAdapted, Norm, lean
 
 F64 = torch.float64
 
@@ -49,6 +49,16 @@ def test_a_gate_is_silu_times_up() -> None:
     torch.testing.assert_close(Gated.apply(gate, up), F.silu(gate) * up)
     assert torch.autograd.gradcheck(Gated.apply, (gate, up))
     assert torch.autograd.gradgradcheck(Gated.apply, (gate, up))
+
+
+def test_an_adapter_behind_a_gate_is_both() -> None:
+    weight, shift = some(5, 4).detach(), some(5, seed=1).detach()
+    made = lambda gate, up, a, b: GatedAdapted.apply(gate, up, weight, shift, a, b, 0.7, F64)  # noqa: E731
+    gate, up, a, b = some(3, 4, seed=2), some(3, 4, seed=3), some(2, 4, seed=4), some(5, 2, seed=5)
+    want = Adapted.apply(F.silu(gate) * up, weight, shift, a, b, 0.7, F64)
+    torch.testing.assert_close(made(gate, up, a, b), want)
+    assert torch.autograd.gradcheck(made, (gate, up, a, b))
+    assert torch.autograd.gradgradcheck(made, (gate, up, a, b))
 
 
 @pytest.mark.parametrize("lora", [0, 2])

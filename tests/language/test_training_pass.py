@@ -27,6 +27,7 @@ from trimtab.policies import packing
 from trimtab.policies.builtin import _narrow_frozen, character_tokenizer, load_policy
 from trimtab.policies.language import LanguagePolicy
 from trimtab.policies.readout import Readout, read
+from trimtab.policies.sampler import Sampling
 from trimtab.policies.view import View
 
 SHAPE: dict[str, Any] = {
@@ -262,3 +263,37 @@ def test_a_frozen_base_in_bfloat16_computes_the_same_bits() -> None:
     after = policy.evaluate(batch, {"logp", "entropy"})
     assert all(torch.equal(before[k], after[k]) for k in before)
     same(first, gradients(policy, after), atol=1e-2)  # its inputs' gradients are summed in bfloat16
+
+
+# -- how much at once -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lora", "want"), [(2, 1024), (0, 4096)])
+def test_a_pass_reads_as_many_rows_as_make_it_cheap(lora: int, want: int) -> None:
+    policy = load_policy("nano", dtype="float64", lora=lora)
+
+    def rows(prompt: int, said: int) -> int | None:
+        ones = torch.ones(8, max(prompt, said))
+        return policy.rows_at_once(Batch({"mask": ones[:, :said], "prompt_mask": ones[:, :prompt]}))
+
+    assert rows(16, 64) == want // 64
+    assert rows(want, 64) == 8 * want // 64, "a prompt that every pass reads again is an eighth of it at most"
+    assert rows(16, 0) == want, "rows that say nothing"
+
+
+def test_what_learns_is_let_go_while_it_learns_and_is_there_for_the_next_sample() -> None:
+    policy = load_policy("nano", dtype="bfloat16", lora=2)
+    prompts, seeds, how = [policy.encode("3 + 4 =")], torch.arange(4), Sampling(new_tokens=5)
+    first = policy.sampler.sample(prompts, 4, seeds, how)
+    held: Any = policy._decoder()
+    parts = [part for part in held._products if not part.frozen]
+    weights = [part.weight for part in parts]
+    with torch.no_grad():
+        policy.evaluate(grouped(policy), {"logp"})
+    assert all(part.weight is w for part, w in zip(parts, weights)), "nobody learns"
+    policy.evaluate(grouped(policy), {"logp"})
+    assert parts
+    assert all(part.weight is None for part in parts)
+    again = policy.sampler.sample(prompts, 4, seeds, how)
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.logp, again.logp)

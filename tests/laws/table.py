@@ -103,7 +103,7 @@ def table() -> dict[str, Entry]:
     toy = bapo_spike.toy_grpo
     bapo, d3s, chord, remix = bapo_spike.bapo, chord_spike.d3s, chord_spike.chord, find("remix")
     rows = [entry for d in methods().values() for entry in _registered(d)]
-    rows += [_given("remix", reincarnate=1, kl_wait=0)]
+    rows += [_given("remix", reincarnate=1, kl_wait=0), _given("subnetwork", every=1)]
     rows += [_changed("grpo", "wrapped", wrapped), _changed("reinforce", "wrapped sgd", lambda m: wrapped(plain(m)))]
     rows += [
         _spike("spike:bapo", lambda: bapo(toy()), bapo),

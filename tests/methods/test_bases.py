@@ -335,7 +335,7 @@ def test_methods_that_claim_one_slot_refuse_and_the_others_compose() -> None:
         parse("bapo+dapo")
     with pytest.raises(MethodError, match="both swap 'credit'"):
         parse("bnpo+dr_grpo")
-    for expression in ("bnpo+dapo", "bnpo+gspo", "bapo+dr_grpo", "bnpo+bapo", "gspo+grpo(preset='verl')"):
+    for expression in ("bnpo(lower=-0.5)+dapo", "bnpo+gspo", "bapo+dr_grpo", "bnpo+bapo", "gspo+grpo(preset='verl')"):
         assert parse(expression).tracks
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.golden.momentum_twins import Twin
+from tests.golden.compared import agreed
+from tests.golden.momentum_runs import BUILT, fresh, turns
 from trimtab.core.batch import Batch
 from trimtab.core.closure import Closure
 from trimtab.core.copies import mix, previous
@@ -32,19 +33,6 @@ from trimtab.stages.momentum import CURRENT, ELSEWHERE, follow, hessian_vector, 
 
 torch.set_num_threads(1)
 
-BUILT = {
-    "gpomdp": lambda **o: find("gpomdp")(**o),
-    "n_sgdm": lambda **o: find("n_sgdm")(**o),
-    "n_pg_igt": lambda **o: find("n_pg_igt")(**o),
-    "harpg": lambda **o: find("harpg")(**o),
-    "n_harpg": lambda **o: find("harpg")(preset="normalised", **o),
-}
-
-
-def fresh(seed: int, **how: Any) -> tuple[TabularEnvironment, TableSoftmax]:
-    how = {"states": 4, "horizon": 5, **how}
-    return random_mdp(**how, seed=seed), TableSoftmax(how["states"], 3, scale=1.0, seed=seed)
-
 
 def trained(method: Method, turns: int, **how: Any) -> Tensor:
     environment, policy = fresh(1)
@@ -57,28 +45,10 @@ def objective(environment: TabularEnvironment, logits: Tensor) -> Tensor:
     return environment.objective(logits.softmax(-1), 0.99)
 
 
-def tables(policy: TableSoftmax) -> list[list[float]]:
-    made: list[list[float]] = policy.logits.detach().tolist()
-    return made
-
-
-# -- twins --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", BUILT)
-def test_method_agrees_with_its_twin(name: str, seed: int) -> None:
-    environment, policy = fresh(seed, final=True)
-    method = BUILT[name](lr=0.7).set("collect.count", 3)
-    method = method.set("collect.also.count", 2) if "harpg" in name else method
-    twin, lengths = Twin(name, tables(policy), 0.7), set()
-    for step in run(method, environment, {"policy": policy}, until=5, seed=seed):
-        between = step.state.copies.get("midpoint")
-        twin.update(step.batch, between.memory["q"] if between else None)
-        lengths |= set(step.batch.mask.sum(1).tolist())
-        error = float((policy.logits.detach() - torch.tensor(twin.theta, dtype=torch.float64)).abs().max())
-        assert error < 1e-12, f"{name} is off its twin by {error:.2e} in turn {step.turn}"
-    assert len(lengths) > 1, "rows of one length were compared"
+def test_the_normalised_method_agrees_with_its_twin() -> None:
+    """The others are under `tests/golden/test_twins`."""
+    for seed in (0, 1, 2):
+        assert agreed(turns("n_harpg", seed), "n_harpg") == 5
 
 
 # -- rows of a batch, made by hand ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from trimtab.core.kit import Kit
 from trimtab.core.loop import begin, run
 from trimtab.core.method import Method, Phase
 from trimtab.core.phases import phased
+from trimtab.core.piece import piece
 from trimtab.core.registry import Neutral, find, method, parse
 from trimtab.core.schedules import staircase
 from trimtab.core.state import Clock, load, save
@@ -272,7 +273,7 @@ def twice(base: Method) -> Method:
         (lambda: remix(find("grpo")(dual=3.0)), "a replayed row may begin above it"),
         (lambda: remix(find("reinforce")()), "reinforce has no surrogate with both; use grpo"),
         (lambda: remix(find("sft")()), "sft has no surrogate with both; use grpo"),
-        (lambda: remix(remix()), "has one already"),
+        (lambda: remix(remix()), "write it once"),
         (lambda: twice(remix()), "twice and remix both run in phases"),
         (lambda: replayed(share=0.9, window=2), "asks for 9 replayed rows to each fresh one"),
     ],
@@ -284,8 +285,15 @@ def test_what_cannot_work_is_refused(make: Any, match: str) -> None:
 
 def test_a_piece_that_collects_again_belongs_inside_the_replay() -> None:
     environment, models = case(0)
-    outside = find("dapo")(remix(test_golden.toy(find("grpo")()))).set("credit.limit", 4)
-    with pytest.raises(MethodError, match=r"remix\+dapo, not dapo\+remix"):
+    with pytest.raises(MethodError, match="remix belongs to the left of dapo"):
+        find("dapo")(remix(test_golden.toy(find("grpo")())))
+
+    @piece("collect")
+    def twice_over(kit: Kit, *, inner: Any) -> Batch:
+        return inner() and inner()
+
+    outside = toy().each(lambda _, inside: inside.wrap("collect", twice_over()))
+    with pytest.raises(MethodError, match="the replay was asked twice in one turn"):
         list(run(outside, environment, models, until=9))
     inside = remix(find("dapo")(test_golden.toy(find("grpo")()))).set("credit.limit", 4)
     assert len(list(run(inside, environment, models, until=5))) == 5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from trimtab.report.course import Course
 from trimtab.report.diagnose import diagnose, findings
 from trimtab.report.keys import PANELS, arrange, column, dead_share, failure_kinds, look_up
 from trimtab.report.words import duration, interval, number, percent
@@ -10,7 +11,7 @@ def turns(n=40, **columns):
 
 
 def kinds(history):
-    return [kind for kind, _ in findings(history)]
+    return [finding.kind for finding in findings(Course.of(history))]
 
 
 def test_a_healthy_run_and_an_empty_one_get_no_sentence():

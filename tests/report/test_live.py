@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from trimtab.report import live
+from trimtab.report.course import Course
 from trimtab.report.live import LiveView, sparkline
 from trimtab.report.watchers import Watchers
 from trimtab.report.words import LOSS_SHOULD_FALL, WHY_LOSS_IS_ZERO, about_loss
@@ -130,13 +131,51 @@ def test_the_panel_shows_a_finding_while_it_lasts():
     seen = []
     with view:
         for t in range(1, 31):
-            view._diagnosed = float("-inf")
+            view._lookout.soon()
             view.update({"dead_groups": 0.95 if t < 20 else 0.1}, {"turns": t})
             seen.append("of groups got one reward" in "\n".join(drawn(view)))
         assert (seen[0], seen[3], seen[4], seen[18], seen[-1]) == (False, False, True, True, False)
         view.note("checkpoint of another machine")
         view.update({"dead_groups": 0.1}, {"turns": 31})
         assert "checkpoint of another machine" in "\n".join(drawn(view))
+
+
+def test_findings_are_wrapped_and_not_cut():
+    view, _ = terminal(width=60, until=1000)
+    bad = {"dead_groups": 0.95, "clip_low": 0.6, "clip_high": 0.3, "truncated": 0.9, "sampler_gap": 2.0}
+    with view:
+        for t in range(1, 11):
+            view._lookout.soon()
+            view.update(bad, {"turns": t})
+        panel = drawn(view)
+    assert {len(line) for line in panel} == {60}
+    text = " ".join(line.strip("│ ") for line in panel)
+    for finding in view._lookout.now[:2]:
+        assert finding.sentence in text
+    assert [f.kind for f in view._lookout.now] == ["gap", "clip", "dead", "truncated"]
+    assert "and 2 more findings: see the report" in text
+
+
+def test_a_run_that_goes_on_is_judged_by_its_own_start():
+    before = [{"turn": t, "entropy": 2.0, "reward": 0.01 * t} for t in range(1, 21)]
+    view, out = plain(every=1000, course=Course.of(before))
+    with view:
+        for t in range(21, 41):
+            view._lookout.soon()
+            view.update({"entropy": 0.05, "reward": 0.01 * t}, {"turns": t})
+    assert "note: Entropy fell below 5% of its start at turn 25" in out.getvalue()
+
+
+def test_evaluations_are_looked_at_too():
+    view, out = plain(every=1000)
+    with view:
+        for t in range(41):
+            if t % 10 == 0:
+                view.evaluated(0.6 - t / 100, 0.5 - t / 100, 0.7 - t / 100, 50)
+            view._lookout.soon()
+            view.update({"reward": t / 60}, {"turns": t + 1})
+    assert out.getvalue().count("note: The mean on held-out problems fell from 0.6 at turn 0 to") == 1
+    assert "to 0.2 at turn 40" in view._lookout.now[0].sentence
 
 
 def test_the_first_line_suits_the_method():
@@ -173,7 +212,7 @@ def test_findings_are_said_once():
     view, out = plain(every=1000)
     with view:
         for t in range(30):
-            view._diagnosed = float("-inf")
+            view._lookout.soon()
             view.update({"dead_groups": 0.99, "loss": float("nan")}, {"turn": t})
     notes = [line for line in out.getvalue().splitlines() if line.startswith("note")]
     assert len(notes) == 2

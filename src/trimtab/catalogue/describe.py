@@ -72,11 +72,21 @@ def pipeline(method: Method) -> tuple[str, list[list[str]], list[str]]:
         said = f"for {ends}" if ends else "to the end"
         rows.append([f"phase {i + 1}", phase.name, f"{said}{'; entering: ' if entering else ''}{entering}", ""])
         rows += _rows(phase.method)
-    notes = []
+    notes = layers(method)
     for d in methods().values():
         if d.name in method.name.split("+") and d.confusable:
             notes.append(f"note: {d.confusable}")
     return f"{method.name} ({method.fingerprint()})", rows, notes
+
+
+def layers(method: Method) -> list[str]:
+    """How the wraps of collect lie around each other, one line for each phase that has any, and who put them there."""
+    lines = []
+    for name, one in [(f"phase {p.name!r}: ", p.method) for p in method.phases] or [("", method)]:
+        *wraps, core = one.get("collect").stack()
+        around = " around ".join([*(f"{w.name} ({one.wrapped_by(w.name)})" for w in wraps), core.name])
+        lines += [f"{name}collect is {around}; each sees the batch of what it is around"] if wraps else []
+    return lines
 
 
 def _rows(method: Method) -> list[list[str]]:
@@ -148,7 +158,18 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
 
 
 def comparison_tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables of a comparison: each arm by itself, then each against the first, as `(title, heads, rows)`."""
+    """The tables of a comparison; of several tasks, those of each, then what they say together."""
+    if "tasks" not in made:
+        return _tables(made)
+    from trimtab.report import across
+
+    each = [(f"{task}: {title}", *rest) for task, one in made["tasks"].items() for title, *rest in _tables(one)]
+    scale = ("normalised scores", ["task", "is 0", "is 1", "by"], across.scale_rows(made["normalised"]))
+    return [*each, scale, ("over all tasks", across.HEADS, across.table_rows(made["aggregate"]))]  # type: ignore[list-item]
+
+
+def _tables(made: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Each arm by itself, then each against the first, then robust summaries, as `(title, heads, rows)`."""
     from trimtab.report.paired import METRICS, PRIMARY, effect_of, mean_of, said
     from trimtab.report.words import duration
 

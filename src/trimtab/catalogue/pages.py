@@ -27,7 +27,7 @@ def pages(claims: Path) -> dict[str, str]:
     """
     known = methods()
     made = {f"{name}.md": page(d, claims) for name, d in known.items()}
-    return {"README.md": index(list(known.values()), claims), **made}
+    return {"README.md": index(list(known.values()), claims), "edits.md": edits(list(known.values())), **made}
 
 
 def write(folder: Path) -> list[str]:
@@ -61,8 +61,33 @@ def index(known: list[Definition], claims: Path) -> str:
         "# Methods",
         MARK,
         "One page for each registered method: what it changes, its options, its pipeline, and what has been measured. "
-        "`trimtab methods --search TEXT` finds them by name, paper or idea.",
+        "`trimtab methods --search TEXT` finds them by name, paper or idea; [edits](edits.md) is a table of what each "
+        "changes.",
         _table(["method", "base", "what it is", "paper", "stages it sets", "claims"], rows),
+    )
+
+
+KINDS = {"swap": "swaps", "wrap": "wraps", "then": "adds", "set": "sets", "drop": "drops"}
+
+
+def edits(known: list[Definition]) -> str:
+    """The table of what every method does to its base, by kind of edit."""
+    rows = []
+    for d, base in [(d, d.base) for d in known if d.base is not None]:
+        made = d()
+        done: dict[str, dict[str, None]] = {kind: {} for kind in KINDS}
+        for one in [p.method for p in made.phases] or [made]:
+            for e in one.edits:
+                if e.by == d.name:
+                    done[e.kind][f"`{e.path}`" + (f" ({e.text})" if e.kind == "wrap" else "")] = None
+        rows.append([f"[`{d.name}`]({d.name}.md)", f"`{base.name}`", *(", ".join(done[k]) or "-" for k in KINDS)])
+    return _joined(
+        "# What each method does to its base",
+        MARK,
+        "With the default options. Two methods that swap one address, or one address inside the other, cannot be used "
+        "together, but for a method and what it stands on; wraps stack. The rules are in "
+        "[composition](../composition.md).",
+        _table(["method", "base", *KINDS.values()], rows),
     )
 
 

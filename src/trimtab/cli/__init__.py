@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from trimtab.cli.looking import Diff, Doctor, Explain, Methods
-from trimtab.cli.measuring import Claim, Plan, Profile
+from trimtab.cli.looking import Diff, Doctor, Explain, Methods, Report
+from trimtab.cli.measuring import Claim, Plan, Profile, Sparsity
 from trimtab.cli.running import Compare, Eval, Export, Resume, Train, Watch
 
 Command = (
@@ -21,8 +21,10 @@ Command = (
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Profile, subcommand("profile")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Sparsity, subcommand("sparsity")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Explain, subcommand("explain")]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from trimtab.cli.printing import table
-from trimtab.cli.setting import Expression
+from trimtab.cli.setting import Expression, Folder
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Explain:
     method: Expression
     set: UseAppendAction[tuple[str, ...]] = ()
     """piece.option=value, as for train."""
+    policy: str = ""
+    """A run whose networks a control method begins with, as for train."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
@@ -89,13 +91,56 @@ class Explain:
         from trimtab.catalogue.describe import pipeline
         from trimtab.runs.request import Request, configured
 
-        title, rows, notes = pipeline(configured(Request(self.method, "", "", "", set=self.set)))
+        method = configured(Request(self.method, self.policy, "", "", set=self.set))
+        title, rows, notes = pipeline(method)
+        if self.policy:
+            notes.append(f"note: {self._started(method)}")
         if self.json:
             print(json.dumps([dict(zip(("place", "address", "value", "origin"), r)) for r in rows], indent=1))
             return 0
         table(title, ["#", "address", "value", "set by"], rows)
         for note in notes:
             print(note)
+        return 0
+
+    def _started(self, method: Any) -> str:
+        """What the networks begin with. Raises MethodError for a language method, of which a policy changes nothing."""
+        from trimtab.core.errors import MethodError
+        from trimtab.policies.start import read_start
+        from trimtab.runs.worlds import world_of
+
+        if world_of(self.method) != "control":
+            raise MethodError(f"{self.method} is the same method whatever policy it trains; leave --policy out")
+        return read_start(self.policy).said(method)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run anew, finished or running, and say what its numbers suggest (exit code 0 either way).
+
+    trimtab report runs/grpo-tiny-s0
+    """
+
+    run: Folder
+    json: bool = False
+    """Print the object of findings.json and nothing else."""
+
+    def __call__(self) -> int:
+        from trimtab.report.diagnose import RULES
+        from trimtab.report.folder import RunFolder
+        from trimtab.report.html import write_report
+
+        page = write_report(self.run)
+        made = RunFolder(self.run).read_json("findings")
+        if self.json:
+            print(json.dumps(made))
+            return 0
+        for found in made["findings"]:
+            print(f"- {found['sentence']}")
+        about = {rule.kind: rule.about for rule in RULES}
+        calm = [about[kind] for kind in made["checked"] if kind not in {f["kind"] for f in made["findings"]}]
+        print(f"no finding: {'; '.join(calm)}" if calm else "nothing else could be checked")
+        print(f"report: {page}")
         return 0
 
 

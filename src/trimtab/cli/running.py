@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from trimtab.cli.printing import outcome, plain, table
-from trimtab.cli.setting import Expression, Folder, Settings
+from trimtab.cli.setting import Expression, Folder, Others, Settings
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Train:
     def __call__(self) -> int:
         from trimtab.runs.experiment import train
 
-        out = self.out or f"runs/{plain(self.method, self.setting.task())}-s{self.seed}"
+        out = self.out or f"runs/{plain(self.method, self.setting.task(self.method))}-s{self.seed}"
         request = self.setting.request(self.method, out, seed=self.seed, keep=self.keep)
         return outcome(train(request, mode="silent" if self.json else "auto"), self.json)
 
@@ -64,14 +64,20 @@ class Compare:
     """Compare methods with the first one: same seeds, same budget in decisions. Repeat the command to go on with it.
 
     trimtab compare grpo 'grpo(clip_high=0.28)' --policy smollm2 --env 'reasoning-gym:chain_sum(max_terms=2)' --seeds 5
+    trimtab compare ppo sac --env Hopper-v5 HalfCheetah-v5 --seeds 3
     """
 
     methods: Annotated[
         Positional[tuple[str, ...]],
         arg(metavar="EXPR EXPR ...", help="2 to 6 methods, options of one in its brackets; the first is the base."),
     ]
-    setting: Settings
+    env: tuple[str, ...]
+    """One or several, as for train; of several, scores are normalised and summarised together as well."""
+    setting: Others
     """--steps counts turns of the first method; the others get, seed by seed, the decisions that it used."""
+    reference: UseAppendAction[tuple[str, ...]] = ()
+    """Of several environments: ENV=LOW,HIGH, the scores that count as 0 and 1 (default: of the first method, the mean
+    before training and the mean at the end)."""
     out: str = ""
     """The folder of all runs; runs/compare-METHODS-POLICY by default."""
     seeds: int = 5
@@ -85,12 +91,8 @@ class Compare:
 
     def __call__(self) -> int:
         from trimtab.catalogue.describe import comparison_tables
-        from trimtab.runs.comparison import compare
 
-        out = self.out or f"runs/compare-{plain(*self.methods, self.setting.task())}"
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        request = self.setting.request("", out)
-        made = compare(request, self.methods, seeds, jobs=self.jobs, mode="silent" if self.json else "auto")
+        made = self._made()
         if self.json:
             print(json.dumps(made))
         else:
@@ -103,7 +105,26 @@ class Compare:
         if not made["finished"]:
             print(f"stopped; go on with: {made['command']}", file=sys.stderr)
             return 130
-        return 1 if any(a["failures"] for a in made["arms"]) else 0
+        return 1 if any(a["failures"] for one in made.get("tasks", {"": made}).values() for a in one["arms"]) else 0
+
+    def _made(self) -> dict[str, Any]:
+        """The comparison on the one environment, or on each and over all of them."""
+        from trimtab.runs.across import compare_across
+        from trimtab.runs.comparison import ComparisonError, compare
+
+        if not self.methods or not self.env:
+            what = "environment" if self.methods else "method"  # all words behind --env are environments
+            raise ComparisonError(f"no {what} was given; write: trimtab compare ppo a2c --env CartPole-v1 Acrobot-v1")
+        out = self.out or f"runs/compare-{plain(*self.methods, self.setting.task(self.methods[0], *self.env))}"
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        request = self.setting.request("", self.env[0], out)
+        mode: Literal["silent", "auto"] = "silent" if self.json else "auto"
+        if len(self.env) > 1:
+            more = {"references": self.reference, "jobs": self.jobs}
+            return compare_across(request, self.env, self.methods, seeds, **more, mode=mode)  # type: ignore[arg-type]
+        if self.reference:
+            raise ComparisonError("--reference puts the scores of several environments on one scale; there is one here")
+        return compare(request, self.methods, seeds, jobs=self.jobs, mode=mode)
 
 
 @dataclass(frozen=True)

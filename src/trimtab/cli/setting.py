@@ -16,13 +16,11 @@ Folder = Annotated[Positional[str], arg(metavar="DIR", help="A run folder.")]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a run needs besides its method: shared by all arms of a comparison."""
+class Shared:
+    """What a run needs besides its method and its environment."""
 
-    env: str
-    """'reasoning-gym:NAME(key=value, ...)', FILE.jsonl, 'datasets:NAME(...)', or a Gymnasium id."""
     policy: str = ""
-    """smollm2, tiny, nano, a Hugging Face id, or a model or adapter folder; control methods build their networks."""
+    """smollm2, tiny, nano, a Hugging Face id, or a model or adapter folder; for a control method an earlier run."""
     steps: int | None = None
     """Turns: one batch and its updates (default: 60; of a control method, 100,000 decisions)."""
     decisions: int | None = None
@@ -68,18 +66,41 @@ class Setting:
     tensorboard: bool = False
     """Also write OUT/tensorboard, to be read by `tensorboard --logdir` (needs the extra `tensorboard`)."""
 
-    def request(self, method: str, out: str, **more: Any) -> Any:
+    def request(self, method: str, env: str, out: str, **more: Any) -> Any:
         """The whole request. Raises MethodError for two budgets."""
         from trimtab.runs.commands import one_budget
         from trimtab.runs.request import Request
 
         one_budget(self.steps, self.decisions)
         wanted = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Request(method, out=out, **wanted, **more)
+        return Request(method, env=env, out=out, **wanted, **more)
 
-    def task(self) -> str:
+    def task(self, method: str, *envs: str) -> str:
         """A short name of what is trained on what, for a folder."""
-        return Path(self.policy).name if self.policy else self.env.partition("(")[0]
+        from trimtab.runs.worlds import world_of
+
+        world, name = "-".join(env.partition("(")[0] for env in envs), Path(self.policy).name
+        if self.policy and world_of(method) == "control":
+            return f"{world}-from-{name}"
+        return name or world
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run needs besides its method."""
+
+    env: str
+    """'reasoning-gym:NAME(key=value, ...)', FILE.jsonl, 'datasets:NAME(...)', or a Gymnasium id."""
+    rest: Annotated[Shared, arg(name="")]
+
+    def request(self, method: str, out: str, **more: Any) -> Any:
+        """The whole request. Raises MethodError for two budgets."""
+        return self.rest.request(method, self.env, out, **more)
+
+    def task(self, method: str) -> str:
+        """A short name of what is trained on what, for a folder."""
+        return self.rest.task(method, self.env)
 
 
 Settings = Annotated[Setting, arg(name="")]
+Others = Annotated[Shared, arg(name="")]

@@ -1,8 +1,11 @@
-"""Checks made before the first step: what a method reads, wants and uses must be there."""
+"""Checks made before the first step: what a method reads, wants and uses must be there.
+
+What holds of a method by itself (`sound`) is checked when methods are composed; what takes models, when a run begins.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trimtab.core.errors import MethodError, nearest
@@ -67,14 +70,8 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
             chain.append(copies[chain[-1]].source)
             if chain[-1] in chain[:-1]:
                 raise MethodError(f"copy {name!r} follows itself: {' -> '.join(chain)}")
-    collects = [p for p in method.pieces if p.stage == "collect"]
-    if len(collects) != 1:
-        raise MethodError(f"{method.name} has {len(collects)} collect pieces; a method has exactly one")
-    for p in method.pieces:
-        if p.stage in ("loss", "update", "probe"):
-            raise MethodError(f"{p.name} is a {p.stage} piece, which belongs into a track of {method.name}")
     _wants(method, method.pieces, "policy", models)
-    columns = _read_in_order(method, collects[0])
+    _sound(method)
     for track in method.tracks:
         if track.trains not in models:
             raise MethodError(
@@ -84,15 +81,6 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
         if track.update.core.one_gradient and not track.of("loss"):
             raise MethodError(f"{track.update.core.name} takes a gradient, and track {track.name!r} has no loss")
         _wants(method, track.pieces, track.trains, models)
-        seen = set(columns)
-        for stage in ("annotate", "credit", "select", "loss", "update", "probe"):
-            for p in (q for q in track.all() if q.stage == stage):
-                _reads(method, p, seen)
-                seen |= p.union("writes")
-    for track in method.tracks:
-        cut = sorted({p.core.options["unit"] for p in track.of("loss")} - {"row"})
-        if len(cut) > 1:
-            raise MethodError(f"track {track.name!r} has losses of units {cut}; a micro-batch keeps only one whole")
     for _, p in pieces_of(method):
         _reserved(method, p)
         for name in p.uses(p.options) if callable(p.uses) else p.uses:
@@ -100,11 +88,45 @@ def _check(method: Method, models: Mapping[str, Any], copies: Mapping[str, Any])
                 raise MethodError(f"{p.name} of {method.name} uses the model {name!r}. {nearest(name, known)}")
 
 
+def sound(method: Method) -> None:
+    """Raise MethodError, with the reason, when this method cannot run whatever its models are."""
+    for one in [p.method for p in method.phases] or [method]:
+        _sound(one)
+
+
+def _sound(method: Method) -> None:
+    collects = [p for p in method.pieces if p.stage == "collect"]
+    if len(collects) != 1:
+        raise MethodError(f"{method.name} has {len(collects)} collect pieces; a method has exactly one")
+    for p in method.pieces:
+        if p.stage in ("loss", "update", "probe"):
+            raise MethodError(f"{p.name} is a {p.stage} piece, which belongs into a track of {method.name}")
+    for _, p in pieces_of(method):
+        problem = p.fits(method, p) if p.fits else None
+        if problem:
+            raise MethodError(problem)
+    columns = _read_in_order(method, collects[0])
+    for track in method.tracks:
+        seen = set(columns)
+        for stage in ("annotate", "credit", "select", "loss", "update", "probe"):
+            for p in (q for q in track.all() if q.stage == stage):
+                _reads(method, p.stage, p.walk(), seen)
+                seen |= p.union("writes")
+        cut = sorted({p.core.options["unit"] for p in track.of("loss")} - {"row"})
+        if len(cut) > 1:
+            raise MethodError(f"track {track.name!r} has losses of units {cut}; a micro-batch keeps only one whole")
+
+
 def _read_in_order(method: Method, collect: Piece) -> set[str]:
-    columns = set(collect.union("writes")) | _ALWAYS
+    columns = set(_ALWAYS)
+    for p in reversed(collect.stack()):  # a wrap sees what the collect inside it wrote
+        own = (p, *(q for name, part in p.parts.items() if name != "inner" for q in part.walk()))
+        if p.inner is not None:
+            _reads(method, p.stage, own, columns)
+        columns |= frozenset().union(*(q.writes for q in own))
     for stage in ("annotate", "credit", "select"):
         for p in (q for q in method.pieces if q.stage == stage):
-            _reads(method, p, columns)
+            _reads(method, p.stage, p.walk(), columns)
             columns |= p.union("writes")
     return columns
 
@@ -123,13 +145,14 @@ def _reserved(method: Method, p: Piece) -> None:
         raise MethodError(f"{p.name} of {method.name} has unit={unit!r}. {nearest(str(unit), UNITS)}")
 
 
-def _reads(method: Method, p: Piece, columns: set[str]) -> None:
-    missing = sorted(p.union("reads") - columns)
-    if missing:
-        raise MethodError(
-            f"{p.name} ({p.stage}) of {method.name} reads column {missing[0]!r}, which nothing before it writes. "
-            f"Written so far: {', '.join(sorted(columns))}. Add a piece that writes it, before {p.name}."
-        )
+def _reads(method: Method, stage: str, readers: Iterable[Piece], columns: set[str]) -> None:
+    for p in readers:
+        missing = sorted(p.reads - columns)
+        if missing:
+            raise MethodError(
+                f"{p.name} ({stage}) of {method.name} reads column {missing[0]!r}, which nothing before it writes. "
+                f"Written so far: {', '.join(sorted(columns)) or 'none'}. Add a piece that writes it, before {p.name}."
+            )
 
 
 def _wants(method: Method, pieces: tuple[Piece, ...], model: str, models: Mapping[str, Any]) -> None:

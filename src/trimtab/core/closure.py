@@ -18,7 +18,7 @@ from trimtab.core.kit import Kit
 from trimtab.core.leaves import parameters_of
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
-from trimtab.core.stopwatch import count_rows, phase, timed
+from trimtab.core.stopwatch import count, count_rows, phase, timed
 from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
@@ -160,6 +160,13 @@ class Closure:
         with self._at(params):
             return self._terms(rows, self._weights(rows))
 
+    def share(self, part: Tensor) -> dict[str, Weighted]:
+        """The un-reduced terms of some rows, a long index in ascending order, weighed as their share of all rows.
+
+        For a loop that cuts the update itself: sums over disjoint parts add up to the loss of the whole.
+        """
+        return self._part(self.batch, self._weights(self.batch), part)
+
     # -- inside -------------------------------------------------------------------------------------------------
     def _rows(self, where: Tensor | None) -> Batch:
         return self.batch if where is None else self.batch.take(where)
@@ -180,15 +187,31 @@ class Closure:
         rows = self._rows(where)
         scale = self._weights(rows)
         live = self._live(rows)
-        memory = self.kit.memory
+        memory = self._at_once(rows)
         if live is None and (memory is None or memory >= len(rows)):
             yield self._terms(rows, scale)
             return
-        parts = split(units(rows, self._unit), memory) if live is None else self._live_parts(rows, live)
+        parts = split(units(rows, self._unit), memory) if live is None else self._live_parts(rows, live, memory)
         for part in parts:
-            whole = len(parts) == 1 and len(part) == len(rows)
-            micro = rows if whole else rows.take(part)
-            yield self._terms(micro, scale if whole else [w.index_select(1, part.to(w.device)) for w in scale])
+            yield self._part(rows, scale, part)
+
+    def _part(self, rows: Batch, scale: list[Tensor], part: Tensor) -> dict[str, Weighted]:
+        if len(part) == len(rows):
+            return self._terms(rows, scale)
+        return self._terms(rows.take(part), [w.index_select(1, part.to(w.device)) for w in scale])
+
+    def _at_once(self, rows: Batch) -> int | None:
+        """Rows of one forward and backward pass: what the caller said, else what the model reads well at once.
+
+        A forward that is there already, of all rows, is not made again in parts.
+        """
+        if self.kit.memory is not None or self._ready is not None or self.kit.is_ahead(self.track.trains):
+            return self.kit.memory
+        model: Any = self.model
+        most: int | None = model.rows_at_once(rows) if hasattr(model, "rows_at_once") else None
+        if most is not None:
+            count(asked=1.0, at_once=most)
+        return most
 
     def _live(self, rows: Batch) -> Tensor | None:
         """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`).
@@ -200,13 +223,13 @@ class Closure:
         dead = torch.stack([test(rows.guarded(None)) for test in self._idle]).all(0)
         return None if not bool(dead.any()) else ~dead
 
-    def _live_parts(self, rows: Batch, live: Tensor) -> list[Tensor]:
+    def _live_parts(self, rows: Batch, live: Tensor, memory: int | None) -> list[Tensor]:
         ids = units(rows, self._unit)
         whole = torch.zeros(int(ids.max()) + 1, dtype=torch.bool).index_fill_(0, ids[live.cpu()], True)[ids]
         index = whole.nonzero().squeeze(1)
         if not len(index):
             return []
-        return [index[part] for part in split(torch.unique(ids[index], return_inverse=True)[1], self.kit.memory)]
+        return [index[part] for part in split(torch.unique(ids[index], return_inverse=True)[1], memory)]
 
     @timed("forward")
     def _terms(self, rows: Batch, scale: list[Tensor]) -> dict[str, Weighted]:
@@ -318,7 +341,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if math.isfinite(float(made.loss + made.norm)):
+        if math.isfinite(float((made.loss + made.norm).detach())):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

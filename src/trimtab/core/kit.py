@@ -18,6 +18,8 @@ from trimtab.core.state import Clock, State
 from trimtab.core.stopwatch import count_rows, phase, timed
 from trimtab.core.terms import some_of, split
 
+_ROW = "_row"  # which row of the whole batch a row is, while a piece sees those of some sources
+
 
 class Own(MutableMapping[str, Any]):
     """The state that one piece declared; reading or writing any other key raises."""
@@ -203,6 +205,10 @@ class Kit:
         self._ahead[name] = ([(p, p._version) for p in parameters_of(model).values()], dict(plain.columns), made)
         return {k: v.detach() for k, v in made.items()}
 
+    def is_ahead(self, name: str) -> bool:
+        """Whether `evaluate_ahead` kept a forward pass of this model that nobody has taken."""
+        return name in self._ahead
+
     def taken_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> dict[str, Tensor] | None:
         """What `evaluate_ahead` kept, with its graph, once: of these parameters and, column by column, these rows."""
         if name not in self._ahead:
@@ -218,7 +224,7 @@ class Kit:
     def annotate(self, piece: Piece, batch: Batch, *now: Any) -> Batch:
         """Run an annotate, credit, select or probe piece on the rows it concerns, without gradient.
 
-        Rows it does not concern keep what a column held, and get zeros in a new one.
+        Rows it does not concern keep what a column held, and get zeros in a new one; no select drops them.
         """
         self._once.clear()  # an update-scope part of this piece sees the rows that the piece sees
         self.preparing = True
@@ -226,11 +232,16 @@ class Kit:
         chosen = some_of(batch, reserved["rows"]) if piece.stage in ("credit", "select") else None
         if chosen is None:
             return self._guarded(piece, batch, *now)
-        made = batch.take(chosen)
+        concerned = chosen.nonzero().squeeze(1)
+        made = batch.take(concerned).put(**{_ROW: concerned})
         if len(made):
             made = self._guarded(piece, made, *({k: v[chosen] for k, v in values.items()} for values in now))
-            if len(made) != int(chosen.sum()):
-                raise MethodError(f"{piece.name} drops rows of a batch of several sources; it may only shrink keep")
+            if len(made) != len(concerned):  # a select that drops rows: those of other sources stay, behind its own
+                rows = made.columns.get(_ROW)
+                if piece.stage != "select" or not isinstance(rows, Tensor):
+                    raise MethodError(f"{piece.name} ({piece.stage}) gives {len(made)} rows for {len(concerned)}")
+                batch = batch.take(torch.cat([rows, (~chosen).nonzero().squeeze(1)]))
+                concerned = torch.arange(len(rows), device=rows.device)
         spread: dict[str, Any] = {}
         for name in piece.union("writes"):
             if len(made) and name not in made.columns:  # it declared a column that it had no need to write
@@ -240,7 +251,7 @@ class Kit:
             dtype = new.dtype if len(made) else torch.get_default_dtype()
             old = batch.columns.get(name, new.new_zeros(len(batch), *new.shape[1:], dtype=dtype))
             assert isinstance(old, Tensor)
-            spread[name] = old.index_copy(0, chosen.nonzero().squeeze(1), new.to(old.dtype)) if len(made) else old
+            spread[name] = old.index_copy(0, concerned, new.to(old.dtype)) if len(made) else old
         return batch.put(**spread)
 
     def _guarded(self, piece: Piece, batch: Batch, *more: Any) -> Batch:

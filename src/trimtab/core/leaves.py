@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_of(module: Any) -> dict[str, nn.Parameter]:
     """`dict(module.named_parameters())`: one that is shared comes once, under its first name."""
+    if not isinstance(module, nn.Module):  # what stands for a module that another loop trains
+        return dict(module.named_parameters())
     return _gathered(module, "_parameters", "", {}, set())
 
 

@@ -19,7 +19,7 @@ from trimtab.core.errors import MethodError, nearest
 from trimtab.core.kit import Kit
 from trimtab.core.method import Method, Track
 from trimtab.core.state import COUNTERS, State
-from trimtab.core.stopwatch import phase
+from trimtab.core.stopwatch import NOTHING, phase
 from trimtab.core.terms import split, units
 
 
@@ -48,7 +48,7 @@ def begin(method: Method, environment: Any, models: Mapping[str, nn.Module], *, 
             source = rules[source].source
         copies[name] = Kept.of(name, rule, named[source])
     state = State(seed, method.fingerprint(), method.name, named, copies, environment)
-    for m in (method, *(p.method for p in method.phases)):
+    for m in [p.method for p in method.phases] or [method]:  # a maker sees the method that its piece stands in
         make_state(state, m)
     return state
 
@@ -79,7 +79,8 @@ def run(
     """Run `method`, yielding after every turn: `for step in run(...)` is the extension API.
 
     until: turns, or budgets by counter: `{"decisions": 100_000}` (turns, updates, decisions, rows; first one reached).
-    memory: rows per forward and backward pass; changes nothing beyond rounding. state: go on from here.
+    memory: rows per forward and backward pass; changes nothing beyond rounding. None: all of them, or as many as the
+    policy reads well at once (`rows_at_once`). state: go on from here.
     debug: hold every piece to its declared columns and forbid it to change parameters.
     """
     budget = {"turns": until} if isinstance(until, int) else dict(until)
@@ -87,7 +88,9 @@ def run(
         if name not in COUNTERS:
             raise MethodError(f"until={name!r} is not counted. {nearest(name, COUNTERS)}")
     if memory is not None and (not isinstance(memory, int) or memory < 1):
-        raise MethodError(f"memory={memory!r} must be a whole number of rows, at least 1, or None for all at once")
+        raise MethodError(
+            f"memory={memory!r} must be a whole number of rows, at least 1, or None to leave it to the policy"
+        )
     named = {"policy": models} if isinstance(models, nn.Module) else models
     state = state if state is not None else begin(method, environment, named, seed=seed)
     if state.fingerprint != method.fingerprint():
@@ -157,10 +160,11 @@ def updates(state: State, kit: Kit, batch: Batch) -> None:
 def step(state: State, kit: Kit, track: Track, rows: Batch, stopped: set[str]) -> None:
     """One optimiser step of one track."""
     kit.scope, kit.model = track.name, track.trains
-    rows = scoped(kit, rows, track.pieces, track.trains)
-    with phase("update"):
-        closure = Closure(kit, track, rows)
-        logs, stop = track.update(kit, closure)
+    with phase(track.name) if len(kit.method.tracks) > 1 else NOTHING:
+        rows = scoped(kit, rows, track.pieces, track.trains)
+        with phase("update"):
+            closure = Closure(kit, track, rows)
+            logs, stop = track.update(kit, closure)
     prefix = "" if len(kit.method.tracks) == 1 and state.phases.index < 0 else f"{track.name}/"
     for name, value in logs.items():
         kit.log(prefix + name, value)
@@ -193,9 +197,12 @@ _NO_GRAD = ("annotate", "credit", "select")
 def refresh(state: State, kit: Kit, moment: str, logs: dict[str, float] | None = None, source: str = "") -> None:
     """Let the copies that follow their source at this moment catch up; those made of other copies come last."""
     due = [k for k in state.copies.values() if k.rule.moment == moment and source in ("", k.rule.follows)]
-    for kept in sorted(due, key=lambda k: k.rule.kind == "mix"):
-        if any(kept.rule == rule for rule in kit.method.copies.values()):
-            kept.refresh(state.lookup(), kit, logs)
+    if not due:
+        return
+    with phase("copies", brief=True):
+        for kept in sorted(due, key=lambda k: k.rule.kind == "mix"):
+            if any(kept.rule == rule for rule in kit.method.copies.values()):
+                kept.refresh(state.lookup(), kit, logs)
 
 
 def enter(state: State, method: Method) -> Method:

@@ -49,6 +49,7 @@ class Method:
     edits: tuple[Edit, ...] = ()
     explicit: tuple[str, ...] = ()  # paths whose value somebody asked for
     networks: Mapping[str, Network] = field(default_factory=dict)
+    made_of: tuple[str, ...] = ()  # the registered methods it was made by, the last one first
 
     # -- addresses ----------------------------------------------------------------------------------------------
     def places(self) -> Iterator[tuple[str, str, Piece]]:
@@ -268,6 +269,10 @@ class Method:
     def _full(self, track: str, piece: Piece, rest: list[str]) -> str:
         head = f"{track}:{piece.slot}" if track and len(self.tracks) > 1 else piece.slot
         return ".".join([head, *rest])
+
+    def wrapped_by(self, wrapper: str) -> str:
+        """Who put a wrap of this name there."""
+        return next((e.by for e in self.edits if e.kind == "wrap" and e.text == wrapper), YOU)
 
     def _local(self, path: str) -> str:
         """`path` as it was written while there was only the first track."""

@@ -15,12 +15,14 @@ class Network:
 
     kind: what it computes ("actor_critic", "stochastic", "value", ...). hidden: units of each hidden layer, () for a
     linear one. activation: between layers. options: whatever else its kind has; a kind refuses one it does not read.
+    start: a digest of the earlier run whose numbers it begins with; "" where it begins anew.
     """
 
     kind: str
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
     options: Mapping[str, Any] = field(default_factory=dict)
+    start: str = ""
 
     def __post_init__(self) -> None:
         if not all(isinstance(h, int) and not isinstance(h, bool) and h >= 1 for h in self.hidden):
@@ -30,4 +32,5 @@ class Network:
         """`path -> value` of its kind and everything it is made with."""
         rows: dict[str, Any] = {prefix: self.kind, f"{prefix}.hidden": tuple(self.hidden)}
         rows |= {f"{prefix}.activation": self.activation} if self.hidden else {}
-        return rows | {f"{prefix}.{name}": value for name, value in self.options.items()}
+        rows |= {f"{prefix}.{name}": value for name, value in self.options.items()}
+        return rows | ({f"{prefix}.start": self.start} if self.start else {})

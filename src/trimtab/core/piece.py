@@ -66,6 +66,8 @@ class Piece:
     validate: Callable[[Mapping[str, Any]], str | None] | None = None
     idle: Callable[[Any], Any] | None = None
     one_gradient: bool = False
+    adds_rows: bool = False
+    fits: Callable[[Any, Piece], str | None] | None = None
     takes_kit: bool = True
     kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -84,6 +86,10 @@ class Piece:
     def core(self) -> Piece:
         """The innermost piece of a stack of wraps."""
         return self if self.inner is None else self.inner.core
+
+    def stack(self) -> tuple[Piece, ...]:
+        """The wraps around a piece and the piece itself, from the outermost inwards."""
+        return (self,) if self.inner is None else (self, *self.inner.stack())
 
     def walk(self) -> Iterator[Piece]:
         """This piece and every part below it."""
@@ -241,6 +247,8 @@ def piece(
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
     idle: Callable[[Any], Any] | None = None,
     one_gradient: bool = False,
+    adds_rows: bool = False,
+    fits: Callable[[Any, Piece], str | None] | None = None,
     **reserved: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Piece]]:
     """Make a stage function into a piece factory: calling it binds options, by keyword or in written order.
@@ -253,6 +261,8 @@ def piece(
     validate: `options -> sentence` when they contradict each other.
     idle: `batch -> bool [N]`, rows for which a loss and its gradient are exactly zero; the forward pass skips them.
     one_gradient: an update that asks for one gradient, at the current parameters, and nothing else.
+    adds_rows: a collect wrap that puts rows of its own beside those of the collect inside.
+    fits: `(method, piece) -> sentence` when this piece cannot do in this method what it is there for.
     reserved: defaults of the options that the core reads (`per`, `rows`, `unit` of a loss).
     """
     if stage not in (*STAGES, "part"):
@@ -277,6 +287,8 @@ def piece(
             validate=validate,
             idle=idle,
             one_gradient=one_gradient,
+            adds_rows=adds_rows,
+            fits=fits,
             takes_kit=next(iter(parameters), None) == "kit",
             kinds={n: kinds for n in own if (kinds := _names(parameters[n].annotation))},
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.core.check import sound
 from trimtab.core.edits import authored_by
 from trimtab.core.errors import MethodError, nearest
 from trimtab.core.method import Method, diff, show
@@ -68,9 +69,34 @@ class Definition:
         for name in options:
             if name not in self.parameters:
                 raise MethodError(f"{self.name} has no option {name!r}. {nearest(name, self.parameters)}")
-        if base is not None and self.base is None:
-            raise MethodError(f"{self.name} is a method of its own and changes no base, so it cannot stand before '+'")
-        base = base if base is not None else self.base() if self.base else None
+        if base is None or (self.base is not None and base.name == self.base.name):
+            return self._made(self.base() if base is None and self.base else base, options)
+        try:
+            self._may_stand_on(base)
+            made = self._made(base, options)
+            sound(made)
+        except MethodError as refusal:
+            said = " ".join([f"{refusal}".rstrip(".") + ".", *self._meant_for(base)])
+            raise MethodError(f"{self.name}+{base.name} cannot be built: {said}") from refusal
+        return made
+
+    def _may_stand_on(self, base: Method) -> None:
+        if self.base is None:
+            raise MethodError(f"{self.name} is a method of its own and changes no base, so it can only stand last")
+        if base.made_of[:1] == (self.name,):
+            raise MethodError(f"{self.name} would replace or repeat itself; write it once")
+        if self.name in base.made_of:
+            raise MethodError(
+                f"{base.name} is made with {self.name} already, and twice it would replace or repeat itself. Write it "
+                f"once; its options belong where it stands"
+            )
+
+    def _meant_for(self, base: Method) -> tuple[str, ...]:
+        if self.base is None or self.base.name in base.made_of:
+            return ()
+        return (f"{self.name} is written as a change to {self.base.name}, which {base.name} is not made from.",)
+
+    def _made(self, base: Method | None, options: dict[str, Any]) -> Method:
         made = self._build(base, options)
         changed = {n: v for n, v in options.items() if show(v) != show(self.parameters[n])}
         explicit = list(made.explicit)
@@ -92,7 +118,8 @@ class Definition:
         name = self.name
         if base is not None and self.base is not None and base.name != self.base.name:
             name = f"{self.name}+{base.name}"
-        made = replace(made, name=name, explicit=tuple(dict.fromkeys(explicit)))
+        made_of = (self.name, *(base.made_of if base is not None else ()))
+        made = replace(made, name=name, made_of=made_of, explicit=tuple(dict.fromkeys(explicit)))
         phases = []
         for i, p in enumerate(made.phases):
             inside = (*p.method.explicit, *_below(f"phase {i + 1} {p.name} / ", explicit))
@@ -183,12 +210,29 @@ def parse(expression: str) -> Method:
         calls.insert(0, node.right)
         node = node.left
     calls.insert(0, node)
+    read = [_call(call, expression) for call in calls]
     built: Method | None = None
-    for call in reversed(calls):
-        name, options = _call(call, expression)
-        built = find(name)(built, **options)
+    for i in reversed(range(len(read))):
+        name, options = read[i]
+        definition = find(name)
+        try:
+            built = definition(built, **options)
+        except MethodError as refusal:
+            if built is None or not _builds([read[i + 1], read[i], *read[i + 2 :]]):
+                raise
+            raise MethodError(f"{refusal} The other order can be built: {read[i + 1][0]}+{name}.") from refusal
     assert built is not None
     return built
+
+
+def _builds(read: list[tuple[str, dict[str, Any]]]) -> bool:
+    built: Method | None = None
+    try:
+        for name, options in reversed(read):
+            built = find(name)(built, **options)
+    except MethodError:
+        return False
+    return True
 
 
 def _call(node: ast.expr, expression: str) -> tuple[str, dict[str, Any]]:

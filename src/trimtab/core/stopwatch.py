@@ -67,11 +67,15 @@ class Stopwatch:
         self._gauge = gauge
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to this phase, inside the one that is open."""
+    def phase(self, name: str, brief: bool = False) -> Iterator[None]:
+        """Charge what happens inside to this phase, inside the one that is open.
+
+        brief: one that takes microseconds, so that the gauge is not read for it; its peak is part of the outer one's.
+        """
         outer = self._open[-1]
         span = outer.parts.setdefault(name, Span())
-        self._fold(outer)
+        if not brief:
+            self._fold(outer)
         start = {meter: read() for meter, read in self._meters.items()}
         self._open.append(span)
         try:
@@ -81,8 +85,9 @@ class Stopwatch:
             for meter, read in self._meters.items():
                 span.totals[meter] = span.totals.get(meter, 0.0) + read() - start[meter]
             span.calls += 1
-            self._fold(span)
-            outer.peak = max(outer.peak, span.peak)
+            if not brief:
+                self._fold(span)
+                outer.peak = max(outer.peak, span.peak)
 
     def count(self, **amounts: float) -> None:
         """Add amounts to the phase that is open."""
@@ -116,10 +121,10 @@ def watching() -> Stopwatch | None:
     return _watch.get()
 
 
-def phase(name: str) -> AbstractContextManager[None]:
-    """`with phase("forward"): ...`; nothing at all unless somebody measures."""
+def phase(name: str, brief: bool = False) -> AbstractContextManager[None]:
+    """`with phase("forward"): ...`; nothing at all unless somebody measures. brief: see `Stopwatch.phase`."""
     watch = _watch.get()
-    return NOTHING if watch is None else watch.phase(name)
+    return NOTHING if watch is None else watch.phase(name, brief)
 
 
 def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -137,6 +142,13 @@ def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return measured
 
     return decorate
+
+
+def count(**amounts: float) -> None:
+    """Add to what is counted in the open phase, if anybody measures."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.count(**amounts)
 
 
 def count_rows(batch: Any) -> None:

@@ -25,3 +25,4 @@ from trimtab.methods.language import gspo as gspo
 from trimtab.methods.language import hapo as hapo
 from trimtab.methods.language import rec as rec
 from trimtab.methods.language import remix as remix
+from trimtab.methods.language import subnetwork as subnetwork

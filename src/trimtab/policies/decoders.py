@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from trimtab.policies.lean import is_adapted, parts
 from trimtab.policies.sampler import pad_left
 
 
@@ -22,6 +23,14 @@ def weight_of(layer: Any) -> Tensor:
         if name in layer.lora_A:
             weight = weight + layer.get_delta_weight(name)  # the wider of the two: rounded once, where it is used
     return weight
+
+
+def write_weight(layer: Any, out: Tensor) -> Tensor:
+    """`weight_of` written into `out`; a plain adapter is rounded to that dtype first, as in the training pass."""
+    if not is_adapted(layer):
+        return out.copy_(weight_of(layer))
+    weight, _, a, b, scaling = parts(layer)
+    return torch.addmm(*(t.to(out.dtype) for t in (weight, b, a)), alpha=scaling, out=out)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -59,7 +68,7 @@ class Twin:
         for layer, plain in self.pairs:
             if is_frozen(layer) and not everything:
                 continue
-            plain.weight.copy_(weight_of(layer))
+            write_weight(layer, plain.weight)
             if plain.bias is not None:
                 plain.bias.copy_(getattr(layer, "base_layer", layer).bias)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.policies.decoders import is_frozen, weight_of
+from trimtab.policies.decoders import is_frozen, write_weight
 
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -31,7 +31,7 @@ class Fused:
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
-        self.packed = packs(dtype, weight_of(layers[0]).device)
+        self.packed = packs(dtype, getattr(layers[0], "base_layer", layers[0]).weight.device)
         self.frozen = is_frozen(*layers)
         self.refresh()
 
@@ -40,14 +40,28 @@ class Fused:
         """Take over weights that changed: of everything, or of what can learn."""
         if self.frozen and not everything:
             return
-        weights = [weight_of(layer).detach().to(self.dtype) for layer in self.layers]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        biases = [getattr(layer, "base_layer", layer).bias for layer in self.layers]
+        bases = [getattr(layer, "base_layer", layer) for layer in self.layers]
+        if bases == list(self.layers) and len(bases) == 1:
+            weight = bases[0].weight.detach().to(self.dtype)
+        else:
+            sizes = [len(base.weight) for base in bases]
+            weight = bases[0].weight.new_empty(sum(sizes), bases[0].weight.shape[1], dtype=self.dtype)
+            for layer, part in zip(self.layers, weight.split(sizes)):
+                write_weight(layer, part)
+        biases = [base.bias for base in bases]
         self.bias: Tensor | None = None
         if any(b is not None for b in biases):
-            each = [w.new_zeros(len(w)) if b is None else b.detach().to(self.dtype) for w, b in zip(weights, biases)]
+            each = [
+                weight.new_zeros(len(m.weight)) if b is None else b.detach().to(self.dtype)
+                for m, b in zip(bases, biases)
+            ]
             self.bias = torch.cat(each)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
+
+    def let_go(self) -> None:
+        """Hold no copy of weights that can learn until the next `refresh`."""
+        if not self.frozen:
+            self.weight = self.bias = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import warnings
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.batch import Batch
-from trimtab.core.errors import TrimtabWarning, nearest
+from trimtab.core.errors import nearest
 from trimtab.core.stopwatch import timed
 from trimtab.policies import packing
 from trimtab.policies.decoders import ModuleDecoder
@@ -27,9 +27,13 @@ from trimtab.policies.readout import TOP, Readout, top
 from trimtab.policies.recompute import can_recompute, recomputed
 from trimtab.policies.sampler import LocalSampler
 from trimtab.policies.view import PolicyError, Reading, View
+from trimtab.policies.working import Working, stamp
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
+# Response tokens of a training pass, from which on its cost per token is flat on a CPU. Four times as many where all
+# weights learn: every pass reads them all, and adds up as many gradients.
+TOKENS_AT_ONCE = 1024
 # Attention scores of one layer (rows x heads x places x places) that are kept for the backward: 16 MiB in float32.
 SCORES_AT_ONCE = 2**22
 # Beside a saved model: what its files do not say about how it was used.
@@ -71,7 +75,7 @@ class LanguagePolicy(nn.Module):
         self.ends = _ends(self.causal, tokenizer)
         self.fill: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
         self.sampler = LocalSampler(self._decoder, self.ends, self.fill, self.wide, self.context)
-        self._working = _Working()
+        self._working = Working()
         self._plain_head: bool | None = None
         self._packs = packing.fits(self.causal, self.fill)
         self.reading = Reading()
@@ -146,6 +150,8 @@ class LanguagePolicy(nn.Module):
         unknown = set(want) - self.provides
         if unknown:
             raise PolicyError(f"a language policy cannot give {sorted(unknown)[0]!r}. " + nearest("", self.provides))
+        if torch.is_grad_enabled():
+            self._working.learning()
         view = View.of(batch, batch["mask"].to(self.device).bool(), self.wide)
         if view is None:
             config, (n, t) = self.causal.config.get_text_config(), batch["mask"].shape
@@ -157,6 +163,17 @@ class LanguagePolicy(nn.Module):
         with self._narrow(), self._attention(view), lean(self.causal), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
+
+    def rows_at_once(self, batch: Batch) -> int | None:
+        """How many rows a training pass reads together when nobody says: more only take memory. None is all of them.
+
+        Enough rows for TOKENS_AT_ONCE response tokens, and for eight times their prompts, which every pass reads again.
+        """
+        if self.device.type != "cpu":
+            return None
+        tokens = TOKENS_AT_ONCE if self.lora else 4 * TOKENS_AT_ONCE
+        said, before = (batch[name].sum(1).double().mean().item() for name in ("mask", "prompt_mask"))
+        return math.ceil(max(tokens, 8 * before) / max(said, 1))
 
     def _values(self, view: View, want: set[str]) -> dict[str, Tensor]:
         """What is wanted of the view's `M` decisions."""
@@ -219,7 +236,7 @@ class LanguagePolicy(nn.Module):
         """Log-probability (and entropy) of `M` decisions from the states before them, some tokens at a time."""
         if type(head) is nn.Linear:
             narrow = torch.bfloat16 if self.autocast else self.wide
-            weight = self._narrow_head(head.weight, narrow)
+            weight = self._working.head(head.weight, narrow)
             logp, h = Readout.apply(states, weight, head.bias, tokens, inverse, narrow, entropy)
             return {"logp": logp, "entropy": h} if entropy else {"logp": logp}
 
@@ -243,15 +260,6 @@ class LanguagePolicy(nn.Module):
         if entropy:
             out["entropy"] = torch.cat([h for _, h in parts if h is not None])
         return out
-
-    def _narrow_head(self, weight: Tensor, narrow: torch.dtype) -> Tensor:
-        """The output matrix; of a frozen one a copy in `narrow`, which is made once."""
-        if weight.requires_grad or weight.dtype == narrow:
-            return weight
-        stamp = _stamp([weight])
-        if self._working.head is None or self._working.head[0] != stamp:
-            self._working.head = stamp, weight.detach().to(narrow)
-        return self._working.head[1]
 
     @torch.no_grad()
     def _head(self, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -283,31 +291,15 @@ class LanguagePolicy(nn.Module):
     # -- sampling -----------------------------------------------------------------------------------------------
     def stamp(self) -> tuple[Any, ...]:
         """Equal as long as no parameter changed."""
-        return _stamp(self.model.parameters())
+        return stamp(self.model.parameters())
 
     def touch(self) -> None:
         """Say that parameters changed in a way torch cannot see (through `.data` or numpy)."""
-        self._working.touched = True
+        self._working.touch()
 
     @timed("weights")
     def _decoder(self) -> ModuleDecoder | LlamaDecoder:
-        working = self._working
-        trained, frozen = (_stamp(p for p in self.model.parameters() if p.requires_grad is b) for b in (True, False))
-        if working.decoder is None or working.device != self.device:
-            working.device = self.device
-            fits = LlamaDecoder.fits(self.causal)
-            if not fits:
-                warnings.warn(
-                    f"{self.name!r} is a {type(self.causal).__name__}, which is sampled through transformers' own "
-                    "forward: the same answers, more slowly than a plain Llama, Mistral, Qwen2 or Qwen3",
-                    TrimtabWarning,
-                    stacklevel=2,
-                )
-            working.decoder = (LlamaDecoder if fits else ModuleDecoder)(self.causal, self.autocast)
-        elif working.touched or (trained, frozen) != working.stamps:
-            working.decoder.refresh(everything=working.touched or frozen != working.stamps[1])
-        working.stamps, working.touched = (trained, frozen), False
-        return working.decoder
+        return self._working.decoder(self.model, self.causal, self.autocast, self.name)
 
     # -- files --------------------------------------------------------------------------------------------------
     def save(self, folder: Path | str) -> None:
@@ -353,33 +345,6 @@ class LanguagePolicy(nn.Module):
             "lora": self.lora,
             "chat": self.chat,
         }
-
-
-class _Working:
-    """The decoder and what it was made from, and the frozen output layer in the dtype of its products.
-
-    A copied policy starts without: it would hold the old weights.
-    """
-
-    def __init__(self) -> None:
-        self.decoder: ModuleDecoder | LlamaDecoder | None = None
-        self.stamps: tuple[Any, ...] = ()
-        self.head: tuple[Any, Tensor] | None = None
-        self.device: torch.device | None = None
-        self.touched = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Working:
-        return _Working()
-
-
-@torch.no_grad()
-def _stamp(parameters: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Changes when parameters do: torch's own counters, and a few numbers of each for writes it cannot see."""
-    held = list(parameters)
-    if not held:
-        return ()
-    few = torch.cat([p.detach().flatten()[:: max(1, p.numel() // 8)] for p in held]).tolist()
-    return ([(p.data_ptr(), p._version) for p in held], few)
 
 
 def _same(x: Tensor) -> Tensor:

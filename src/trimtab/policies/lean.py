@@ -34,25 +34,36 @@ class Adapted(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, a, b)
         ctx.scaling, ctx.narrow = scaling, narrow
-        flat, base, narrow_a, narrow_b = (t.to(narrow) for t in (x.flatten(0, -2), weight, a, b))
-        y = F.linear(flat, base, None if bias is None else bias.to(narrow)).addmm_(
-            flat @ narrow_a.T, narrow_b.T, alpha=scaling
-        )
-        return y.unflatten(0, x.shape[:-1])
+        return _product(x, weight, bias, a, b, scaling, narrow)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
-        g, flat, narrow_a, narrow_b = (t.to(ctx.narrow) for t in (upstream[0].flatten(0, -2), x.flatten(0, -2), a, b))
-        inner = g @ narrow_b  # [tokens, r]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (
-                torch.addmm(g @ weight.to(ctx.narrow), inner, narrow_a, alpha=ctx.scaling).view(x.shape).to(x.dtype)
-            )
-        grad_a = (inner.T @ flat).to(a.dtype) * ctx.scaling
-        grad_b = (g.T @ (flat @ narrow_a.T)).to(b.dtype) * ctx.scaling
+        grad_x, grad_a, grad_b = _pulled(upstream[0], x, weight, a, b, ctx.scaling, ctx.narrow, ctx.needs_input_grad[0])
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, narrow: torch.dtype
+) -> Tensor:
+    """`x W' + b + s (x A') B'` in `narrow`."""
+    flat, base, narrow_a, narrow_b = (t.to(narrow) for t in (x.flatten(0, -2), weight, a, b))
+    y = F.linear(flat, base, None if bias is None else bias.to(narrow))
+    return y.addmm_(flat @ narrow_a.T, narrow_b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+
+
+def _pulled(
+    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, narrow: torch.dtype, wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of `_product` towards x (if wanted), A and B."""
+    g, flat, narrow_a, narrow_b = (t.to(narrow) for t in (g.flatten(0, -2), x.flatten(0, -2), a, b))
+    inner = g @ narrow_b  # [tokens, r]
+    grad_x = None
+    if wanted:
+        grad_x = torch.addmm(g @ weight.to(narrow), inner, narrow_a, alpha=scaling).view(x.shape).to(x.dtype)
+    grad_a = (inner.T @ flat).to(a.dtype) * scaling
+    grad_b = (g.T @ (flat @ narrow_a.T)).to(b.dtype) * scaling
+    return grad_x, grad_a, grad_b
 
 
 class Norm(torch.autograd.Function):
@@ -89,11 +100,35 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
-        (gate, up), g = ctx.saved_tensors, upstream[0]
-        if torch.is_grad_enabled():
-            s = gate.sigmoid()
-            return g * up * s * (1 + gate * (1 - s)), g * gate * s
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+        return _ungated(upstream[0], *ctx.saved_tensors)
+
+
+def _ungated(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `silu(gate) * up` towards both."""
+    if torch.is_grad_enabled():
+        s = gate.sigmoid()
+        return g * up * s * (1 + gate * (1 - s)), g * gate * s
+    return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+class GatedAdapted(torch.autograd.Function):
+    """`Adapted` of `Gated`: the gated values, the widest of a layer, are made again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
+        narrow: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(gate, up, weight, a, b)
+        ctx.scaling, ctx.narrow = scaling, narrow
+        return _product(F.silu(gate).mul_(up), weight, bias, a, b, scaling, narrow)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, a, b = ctx.saved_tensors
+        g, grad_a, grad_b = _pulled(upstream[0], F.silu(gate) * up, weight, a, b, ctx.scaling, ctx.narrow, True)
+        assert g is not None
+        return *_ungated(g, gate, up), None, None, grad_a, grad_b, None, None
 
 
 @contextlib.contextmanager
@@ -102,7 +137,7 @@ def lean(model: Any) -> Iterator[None]:
 
     Other layers, and other architectures, are left as they are.
     """
-    changed: list[tuple[Any, Any]] = [(m, _adapted) for m in model.modules() if _plain(m)]
+    changed: list[tuple[Any, Any]] = [(m, _adapted) for m in model.modules() if is_adapted(m)]
     autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
     if autocast and type(model) in FAMILY and model.config.hidden_act == "silu":
         for layer in model.base_model.layers:
@@ -117,7 +152,7 @@ def lean(model: Any) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _plain(layer: Any) -> bool:
+def is_adapted(layer: Any) -> bool:
     """Whether this is a linear layer, frozen, with one adapter of the plain kind, which is in use and not merged."""
     base = getattr(layer, "base_layer", None)
     if type(base) is not nn.Linear or base.weight.requires_grad:
@@ -129,9 +164,14 @@ def _plain(layer: Any) -> bool:
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
+    return Adapted.apply(x, *parts(layer), _narrow(x, layer.base_layer.weight.dtype))
+
+
+def parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+    """W, b, A, B and the scaling of a layer that `is_adapted`."""
     (name,) = (n for n in layer.active_adapters if n in layer.lora_A)
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    return Adapted.apply(x, base.weight, base.bias, a, b, layer.scaling[name], _narrow(x, base.weight.dtype))
+    return base.weight, base.bias, a, b, layer.scaling[name]
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
@@ -139,7 +179,10 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:
-    return mlp.down_proj(Gated.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    if not is_adapted(down):
+        return down(Gated.apply(gate, up))
+    return GatedAdapted.apply(gate, up, *parts(down), _narrow(gate, down.base_layer.weight.dtype))
 
 
 def _narrow(x: Tensor, otherwise: torch.dtype) -> torch.dtype:

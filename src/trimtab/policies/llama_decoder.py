@@ -6,6 +6,7 @@ keys and values of a prompt are held and read once for all rows that share it; a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +90,25 @@ class LlamaDecoder:
             getattr(a, "k_norm", None),
         )
 
+    @property
+    def _products(self) -> Iterator[Fused]:
+        yield self.head
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+
     def refresh(self, everything: bool = True) -> None:
         """Take over weights that changed: of everything, or of what can learn.
 
         Norms and the embedding are the model's own tensors, so always fresh.
         """
-        self.head.refresh(everything)
-        for layer in self.layers:
-            for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                part.refresh(everything)
+        for part in self._products:
+            part.refresh(everything)
+
+    def let_go(self) -> None:
+        """Drop the cache and the copies of what can learn, until the next `refresh` and `open`."""
+        vars(self).pop("cache", None)
+        for part in self._products:
+            part.let_go()
 
     def open(self, prompts: int, rows: int, length: int, room: int) -> None:
         shape, device = (len(self.layers), self.heads, self.width), self.model.model.embed_tokens.weight.device

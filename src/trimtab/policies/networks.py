@@ -17,6 +17,7 @@ from trimtab.core.method import Method
 from trimtab.core.network import Network
 from trimtab.policies import critic_kinds
 from trimtab.policies.layers import MLP, Inputs
+from trimtab.policies.start import Start, check_spaces, fill, wanted
 from trimtab.policies.stochastic import ActorCritic, Categorical, Gaussian, Value
 
 MAPS = ("none", "tanh")
@@ -121,29 +122,25 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_networks(
-    method: Method, environment: Any, seed: int, *, dtype: torch.dtype = torch.float32
+    method: Method, environment: Any, seed: int, *, dtype: torch.dtype = torch.float32, start: Start | None = None
 ) -> dict[str, nn.Module]:
     """The networks that `method` names, for the spaces of `environment`, begun from `seed` and their own names alone.
 
-    A phased method gives the networks of all its phases. The global random state is left as it was.
-    Raises MethodError when the method names none, two phases disagree, or a kind does not fit the spaces or its
-    options.
+    A phased method gives the networks of all its phases. start: what networks marked with its digest begin with
+    instead. The global random state is left as it was.
+    Raises MethodError when the method names none, two phases disagree, a kind does not fit the spaces or its options,
+    or a network is to begin with what is not given.
     """
     named = wanted(method)
     if not named:
         raise MethodError(f"{method.name} names no network to build; it is given models, as language methods are")
     made_for = Spaces(environment.observation_space, environment.action_space, dtype)
-    return {name: _build(name, network, made_for, seed) for name, network in named.items()}
-
-
-def wanted(method: Method) -> dict[str, Network]:
-    """The networks of a method and of all its phases."""
-    named: dict[str, Network] = {}
-    for m in (method, *(p.method for p in method.phases)):
-        for name, network in m.networks.items():
-            if named.setdefault(name, network) != network:
-                raise MethodError(f"network {name!r} is {named[name]} in one phase and {network} in another")
-    return named
+    if start is not None:
+        check_spaces(environment, start)
+    made = {name: _build(name, network, made_for, seed) for name, network in named.items()}
+    for name, network in named.items():
+        fill(name, network, made[name], start)
+    return made
 
 
 def _build(name: str, network: Network, made_for: Spaces, seed: int) -> nn.Module:

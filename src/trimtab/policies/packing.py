@@ -63,12 +63,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0."""
+    """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0.
+
+    made `[S]`: where each token is in what the blocks give, one after the other.
+    """
 
     ids: Tensor
     places: Tensor
     state: Tensor
     blocks: tuple[Block, ...]
+    made: Tensor
 
 
 def pack(view: View, heads: int) -> Packed:
@@ -94,8 +98,15 @@ def pack(view: View, heads: int) -> Packed:
     limit = max(1, SCORES_AT_ONCE // heads)
     bundles = [b for o, held in groups.items() for b in _bundles(whole[o], held, limit)]
     bundles.sort(key=lambda b: b.shape)
-    blocks = [_block(part, len(ids), said.device) for part in _alike(bundles, limit)]
-    return Packed(ids, torch.cat(places).to(said.device), state, tuple(blocks))
+    blocks = tuple(_block(part, len(ids), said.device) for part in _alike(bundles, limit))
+    return Packed(ids, torch.cat(places).to(said.device), state, blocks, _made(blocks, len(ids)))
+
+
+def _made(blocks: tuple[Block, ...], count: int) -> Tensor:
+    write = torch.cat([block.write.flatten() for block in blocks])
+    made = torch.empty(count + 1, dtype=torch.long, device=write.device)
+    made[write] = torch.arange(len(write), device=write.device)
+    return made[:-1]
 
 
 def states(model: Any, packed: Packed) -> Tensor:
@@ -233,14 +244,13 @@ def attention(
             raise ValueError(f"packed attention has no {name}; the model gave {name}={more[name]!r}")
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    out = v.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
-    for block in packed.blocks:
-        if torch.is_grad_enabled():
-            made: Any = checkpoint(_attend, q, k, v, block, use_reentrant=False, preserve_rng_state=False)
-        else:
-            made = _attend(q, k, v, block)
-        out = out.index_copy(0, block.write.flatten(), made)
-    return out[:-1][None], None
+    made: list[Any] = [
+        checkpoint(_attend, q, k, v, block, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else _attend(q, k, v, block)
+        for block in packed.blocks
+    ]
+    return torch.cat(made).index_select(0, packed.made)[None], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

@@ -49,7 +49,7 @@ def teach(model: Any, tokenizer: Any, seed: int, steps: int) -> None:
     model.train()
     for step in range(steps):
         form, rows = (LONG, 32) if step % LONG_EVERY == 0 else (dice.choice(SHORT), 64)
-        ids, target = _examples(tokenizer, [_problem(dice, form) for _ in range(rows)])
+        ids, target = examples(tokenizer, [_problem(dice, form) for _ in range(rows)])
         logits = model(input_ids=ids[:, :-1]).logits  # padding is on the right, where nothing looks
         loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -67,7 +67,7 @@ def _problem(dice: random.Random, form: str) -> tuple[str, str]:
     return form.format(f"{a} {'+' if plus else '-'} {b}"), f" {a + b if plus else a - b}"
 
 
-def _examples(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+def examples(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """Right-padded ids `[N, L]`, and targets that are -100 outside the answer and its end."""
     asked = [tokenizer(q)["input_ids"] for q, _ in pairs]
     said = [[*tokenizer(a)["input_ids"], tokenizer.eos_token_id] for _, a in pairs]

@@ -6,8 +6,10 @@ eval.jsonl      one record an evaluation of held-out problems; the first is from
 samples.jsonl   transcripts
 checkpoints/    saved states
 report.html     the page made from the above
+findings.json   what the numbers suggest, and which rules could be checked
 tensorboard/    event files, if asked for
 model/          the exported policy
+start/          the model of an earlier run that it began with, if asked for
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from trimtab.report.lock import FolderLock
 from trimtab.report.records import Appender, cut_after, read_records, sync_folder, to_json, write_atomic
 
 RECORDS = ("metrics", "eval", "samples")
+START = "start"
 
 
 class RunFolderError(TrimtabError):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.report import plots
-from trimtab.report.diagnose import findings
+from trimtab.report.course import Course
+from trimtab.report.diagnose import checked, findings, summary
 from trimtab.report.folder import RunFolder, RunFolderError
 from trimtab.report.guide import GUIDES, LANGUAGE
 from trimtab.report.keys import LOSS, Panel, failure_kinds, look_up
@@ -35,7 +36,7 @@ Record = Mapping[str, Any]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
+    """Write `report.html` into a run folder and return its path; and `findings.json`, what its numbers suggest.
 
     Works at any moment of a run, finished, running or killed: what is missing is left out, or said to be missing. A
     part that cannot be drawn from odd data is replaced by a sentence saying so; the other parts stand.
@@ -53,8 +54,9 @@ def write_report(run_dir: str | Path) -> Path:
     if isinstance(story, str):
         story = Story("This run could not be summed up.", re.sub("<[^>]+>", "", story), None, None, False, "reward")
     told, words = story, words_of(config.get("world"))
+    course = Course.of(history, evaluations)
     parts: list[tuple[str, str, Callable[[], str]]] = [
-        ("look", "Worth a look", lambda: _findings(history, words)),
+        ("look", "What to look at", lambda: _findings(course, words)),
         ("video", "An episode", lambda: video_html(folder.path)),
         ("curves", "Curves", lambda: _curves(history, evaluations, told.measure, config)),
         ("guide", "How to read this", lambda: _guide(_about_loss(config), config)),
@@ -67,6 +69,7 @@ def write_report(run_dir: str | Path) -> Path:
     body += "".join(section(name, title, _guarded(part)) for name, title, part in parts)
     body += _guarded(lambda: _foot(folder, config))
     write_atomic(folder.report, document(f"{_title(config)} · trimtab", body))
+    folder.write_json("findings", summary(course, words.mute))
     return folder.report
 
 
@@ -153,15 +156,16 @@ def _bar(name: str, point: Point, x: Callable[[float], float], y: int, colour: s
     )
 
 
-def _findings(history: Sequence[Record], words: Words) -> str:
-    said = [sentence for kind, sentence in findings([dict(r) for r in history]) if kind not in words.mute]
-    if said:
-        return f'<ul class="findings">{"".join(f"<li>{clean(s)}</li>" for s in said)}</ul>'
-    if not history:
+def _findings(course: Course, words: Words) -> str:
+    said, rules = findings(course, words.mute), checked(course, words.mute)
+    if not len(course):
         return ""
-    looked = "entropy, clip rate, gradient norm, dead groups, failures and the sampler's agreement"
-    calm = f"Nothing stands out: {looked if words is LANGUAGE_WORDS else 'clip rate and gradient norm'}."
-    return f'<ul class="findings"><li class="calm">{calm}</li></ul>'
+    quiet = [rule.about for rule in rules if rule.kind not in {f.kind for f in said}]
+    lead = "Checked as well, without a finding" if said else "No rule fired. Checked were"
+    items = [f"<li>{clean(f.sentence)}</li>" for f in said]
+    calm = clean(f"{lead}: " + "; ".join(quiet) + ".")
+    items += [f'<li class="calm">{calm}</li>'] if quiet else []
+    return f'<ul class="findings">{"".join(items)}</ul>'
 
 
 def _about_loss(config: Record) -> str:

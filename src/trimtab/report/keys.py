@@ -42,6 +42,23 @@ PANELS: tuple[Panel, ...] = (
         hint="How undecided the policy is. A slow fall is learning; at 0 it no longer explores.",
     ),
     Panel(
+        "Entropy: where updates push it",
+        "nats x advantage",
+        (
+            (r"entropy_push", "both"),
+            (r"entropy_push_positive", "advantages above 0"),
+            (r"entropy_push_negative", "advantages below 0"),
+        ),
+        hint="To first order: minus the covariance of log-probability and advantage, split by the advantage's sign. "
+        "Below 0 the entropy falls.",
+    ),
+    Panel(
+        "Spread of the actions",
+        "width, or nats",
+        ((r"action_width", "width"), (r"action_entropy", "entropy")),
+        hint="How widely the policy acts: the side of the cube its actions fill, or the entropy of numbered actions.",
+    ),
+    Panel(
         "Clip rate",
         "% of decisions",
         (
@@ -62,9 +79,15 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "Dead groups",
         "% of groups",
-        ((r"(share_of_)?dead(_groups?)?|(all_)?equal_groups?", ""),),
+        (
+            (r"(share_of_)?dead(_groups?)?|(all_)?equal_groups?", "equal rewards"),
+            (r"dead_right", "all right"),
+            (r"dead_wrong", "all wrong"),
+            (r"silent_groups", "equal advantages"),
+        ),
         share=True,
-        hint="Groups whose responses all got the same reward: they teach nothing.",
+        hint="Groups whose responses all got the same reward: they teach nothing. Right is a reward of 1 or more, "
+        "wrong one of 0 or less.",
     ),
     Panel(
         "Response length",
@@ -85,7 +108,11 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         GAP,
         "nats per decision",
-        ((r"(kl_)?sampler(_gap|_trainer|_kl)?|gap|sampler_trainer_gap|kl_(behaviou?r|trainer)|mismatch", ""),),
+        (
+            (r"(kl_)?sampler(_gap|_trainer)?|gap|sampler_trainer_gap|kl_(behaviou?r|trainer)|mismatch", "mean"),
+            (r"(sampler|mismatch)_kl", "estimate of the KL"),
+            (r"(sampler|mismatch)_max", "largest"),
+        ),
         log=True,
         hint="The mean difference, either way, between the log-probabilities that the sampler reported and the "
         "trainer's at the start of the update. Should stay near 0.",
@@ -99,6 +126,12 @@ PANELS: tuple[Panel, ...] = (
         hint="Pairs whose chosen response gained more over the reference than the rejected one. A half is chance.",
     ),
     Panel("KL to the old policy", "nats per decision", ((r"(approx_kl|kl_old|old_kl)", ""),), log=True),
+    Panel(
+        "Value: explained variance",
+        "share of the targets' variance",
+        ((r"explained_variance", ""),),
+        hint="1 is a perfect critic; 0 one that knows the mean alone; below 0 it is worse than that.",
+    ),
     Panel(
         "Importance ratio",
         "new / old probability",
@@ -141,7 +174,19 @@ _KNOWN: Mapping[str, str] = {
     "grad_norm": _SERIES["Gradient norm"][0],
     "dead": _SERIES["Dead groups"][0],
     "length": _SERIES["Response length"][0],
+    "dead_right": _SERIES["Dead groups"][1],
+    "dead_wrong": _SERIES["Dead groups"][2],
     "gap": _SERIES[GAP][0],
+    "gap_kl": _SERIES[GAP][1],
+    "gap_max": _SERIES[GAP][2],
+    "kl": _SERIES["KL to the reference"][0],
+    "kl_old": _SERIES["KL to the old policy"][0],
+    "push_positive": r"entropy_push_positive",
+    "push_negative": r"entropy_push_negative",
+    "action_width": r"action_width",
+    "action_entropy": r"action_entropy",
+    "explained": _SERIES["Value: explained variance"][0],
+    "truncated": _SERIES["Unfinished responses"][0],
     "failures": _SERIES["Failures"][0],
     "age": _SERIES["Age"][0],
     "speed": _SERIES["Speed"][0],
@@ -194,6 +239,22 @@ def look_up(record: Mapping[str, Any], name: str) -> float | None:
     return None
 
 
+@lru_cache(maxsize=4096)
+def _names_of(key: str) -> tuple[str, ...]:
+    return tuple(name for name, pattern in _KNOWN.items() if _matches(pattern, key))
+
+
+def short(record: Mapping[str, Any]) -> dict[str, float]:
+    """Everything in a record that has a short name, by that name, as `look_up` finds it; `dead` is a share."""
+    numbers, out = flat(record), dict[str, float]()
+    for key, value in numbers.items():
+        for name in _names_of(key):
+            out.setdefault(name, value)
+    out |= {name: numbers[name] for name in numbers.keys() & _KNOWN.keys()}
+    made = {"clip": look_up(record, "clip"), "failures": look_up(record, "failures"), "dead": dead_share(record)}
+    return {name: value for name, value in {**out, **made}.items() if value is not None}
+
+
 def failure_kinds(record: Mapping[str, Any]) -> dict[str, float]:
     """How many responses failed in this turn, by kind: `failures: {kind: n}` or `failures/kind: n`."""
     return {
@@ -229,7 +290,7 @@ def arrange(records: Iterable[Mapping[str, Any]]) -> list[tuple[Panel, list[tupl
             one = len(hits) == 1 and _matches(pattern, hits[0])
             picked += [(n, label if one else _tail(n) if len(tails) == len(hits) > 1 else n) for n in hits]
             rest = [n for n in rest if n not in hits]
-        if len(picked) == 1 and picked[0][1] in ("mean", "all"):
+        if len(picked) == 1 and picked[0][1] in ("mean", "all", "equal rewards"):
             picked = [(picked[0][0], "")]
         if picked:
             out.append((panel, picked))

@@ -23,16 +23,27 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.report.diagnose import findings
+from trimtab.report.course import Course, Finding
 from trimtab.report.keys import dead_share, look_up
-from trimtab.report.words import LANGUAGE, WHY_LOSS_IS_ZERO, Words, duration, interval, is_number, number, percent
+from trimtab.report.lookout import Lookout
+from trimtab.report.words import (
+    LANGUAGE,
+    WHY_LOSS_IS_ZERO,
+    Words,
+    count,
+    duration,
+    interval,
+    is_number,
+    number,
+    percent,
+)
 
 Mode = Literal["auto", "live", "plain", "silent"]
 
 _REDRAW = 0.2  # seconds; a faster loop is not slowed down by its own display
-_DIAGNOSE = 2.0  # seconds between looks at the history
 _QUIET = 60.0  # a log line at least this often, so that a reader knows that the run is alive
 _LINES = 20  # log lines over a whole run, about
+_FINDINGS = 2  # shown at once, the gravest
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -47,7 +58,7 @@ class LiveView:
     the bar and the time left. mode: `auto` is `live` on a terminal and `plain` elsewhere. every: in plain mode, a line
     every so many updates; by default about 20 lines a run, and one a minute. console: where to write (stdout).
     lead: the first line, on how to read the loss (see `words.about_loss`). words: what things
-    are called in the world of the run.
+    are called in the world of the run. course: what was recorded of this run before, where it goes on.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class LiveView:
         console: Console | None = None,
         lead: str = WHY_LOSS_IS_ZERO,
         words: Words = LANGUAGE,
+        course: Course | None = None,
     ) -> None:
         self._lead, self._words = lead, words
         self._until, self._unit, self._title, self._every = until, unit, _safe(title), every
@@ -70,18 +82,16 @@ class LiveView:
         self._live: Live | None = None
         self._logs: dict[str, Any] = {}
         self._clock: dict[str, Any] = {}
-        self._start: list[dict[str, Any]] = []
-        self._recent: deque[dict[str, Any]] = deque(maxlen=200)
+        self._lookout = Lookout(words.mute, course)
         self._past: dict[str, list[float]] = {"reward": [], "entropy": []}
         self._pace: deque[tuple[float, float]] = deque(maxlen=20)
         self._evaluation: tuple[float, float | None, float | None, int | None] | None = None
         self._failures = 0.0  # of the whole run
-        self._finding = self._remark = ""  # what looks wrong now; the last note
-        self._said: set[str] = set()
+        self._remark = ""  # the last note
         self._shown: set[str] = {"held-out"}
         self._updates = 0
         self._began = time.monotonic()
-        self._drawn = self._diagnosed = float("-inf")
+        self._drawn = float("-inf")
         self._line_at: tuple[float, float] | None = None  # time and progress of the last log line
 
     # -- what the run calls ---------------------------------------------------------------------------------------
@@ -145,7 +155,7 @@ class LiveView:
         self._live.start()
 
     def _close(self) -> None:
-        self._look(last=True)
+        self._say(self._lookout.look())
         if self.mode == "plain" and self._clock and (self._line_at is None or self._line_at[1] != self._done()):
             self._line(self._sentence())
         if self._live is not None:
@@ -163,12 +173,11 @@ class LiveView:
             if value is not None:
                 values.append(value)
         self._failures += look_up(self._logs, "failures") or 0
-        record = {**self._logs, "turn": self._count("turn"), "rows": self._count("rows")}
+        record = {**self._logs, **{name: self._count(name) for name in ("turn", "rows", "updates")}}
         lost = {k: str(v) for k, v in self._logs.items() if isinstance(v, float) and not is_number(v)}
         if lost:
             record["not_finite"] = lost
-        self._start.append(record) if len(self._start) < 5 else self._recent.append(record)
-        self._look()
+        self._say(self._lookout.add(record))
         if self.mode == "plain":
             if self._due():
                 self._line(self._sentence())
@@ -178,6 +187,7 @@ class LiveView:
 
     def _evaluated(self, mean: float, low: float | None, high: float | None, n: int | None) -> None:
         self._evaluation = (float(mean), low, high, n)
+        self._lookout.course.evaluated(self._count("turn"), mean, low, high)
         if self.mode == "plain":
             self._line(f"{self._place()}: held-out {self._held_out()}".lstrip(": "))
         else:
@@ -190,19 +200,11 @@ class LiveView:
         else:
             self._draw(now=True)
 
-    def _look(self, last: bool = False) -> None:
-        """Diagnose now and then. The panel shows the gravest finding while it lasts; a log says each kind once."""
-        now = time.monotonic()
-        if not last and self._updates > 1 and now - self._diagnosed < _DIAGNOSE:
-            return
-        self._diagnosed = now
-        found = [f for f in findings([*self._start, *self._recent]) if f[0] not in self._words.mute]
-        self._finding = _safe(found[0][1]) if found else ""
+    def _say(self, found: list[Finding]) -> None:
+        """A log says each kind once; the panel shows what is wrong while it lasts."""
         if self.mode == "plain":
-            for kind, sentence in found:
-                if kind not in self._said:
-                    self._said.add(kind)
-                    self._line(f"note: {_safe(sentence)}")
+            for finding in found:
+                self._line(f"note: {_safe(finding.sentence)}")
 
     def _due(self) -> bool:
         if self._every is not None:
@@ -335,8 +337,11 @@ class LiveView:
         )
         if self._remark:
             body.append(Text(self._remark, style="dim"))
-        if self._finding:
-            body.append(Text(self._finding, style="yellow"))
+        wrong = self._lookout.now
+        body += [Text(_safe(finding.sentence), style="yellow") for finding in wrong[:_FINDINGS]]
+        if len(wrong) > _FINDINGS:
+            more = count(len(wrong) - _FINDINGS, "more finding")
+            body.append(Text(f"and {more}: see the report, or trimtab report", style="yellow"))
         return Panel(
             Group(*body),
             title=Text(self._title or "trimtab", overflow="ellipsis"),

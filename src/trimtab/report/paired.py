@@ -34,6 +34,7 @@ class Run:
     """One arm with one seed. values: by key of METRICS, those that could be measured; none unless it finished.
 
     state: "finished", "failed" or "unfinished"; reason: why it failed. unit: of the values, where they are returns.
+    start: the held-out mean before training.
     """
 
     arm: str
@@ -46,6 +47,7 @@ class Run:
     decisions: int = 0
     seconds: float = 0.0
     unit: str = ""
+    start: float | None = None
 
 
 def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequence[Record]) -> Run:
@@ -70,7 +72,9 @@ def measured(arm: str, seed: int, metrics: Sequence[Record], evaluations: Sequen
     turns, updates, decisions = (int(last.get(key, 0)) for key in ("turn", "updates", "decisions"))
     seconds = float(last.get("seconds", 0.0))
     unit = str(evaluations[-1].get("unit", "")) if evaluations else ""
-    return Run(arm, seed, known, turns=turns, updates=updates, decisions=decisions, seconds=seconds, unit=unit)
+    start = _mean([e.get("mean") for e in evaluations if e.get("turn") == 0])
+    spent = {"turns": turns, "updates": updates, "decisions": decisions, "seconds": seconds}
+    return Run(arm, seed, known, **spent, unit=unit, start=start)  # type: ignore[arg-type]
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -91,6 +91,9 @@ def facts(config: Record, history: Sequence[Record]) -> list[tuple[str, str]]:
     if is_number(last.get("seconds")):
         out.append(("training time", duration(last["seconds"])))
     out.append(("environment", _named(config.get("environment"))))
+    policy = config.get("policy")
+    if isinstance(policy, Mapping) and isinstance(policy.get("start"), Mapping):
+        out.append(("began with", f"{policy['start'].get('said', '')} Digest {policy['start'].get('digest', '')}."))
     return [(label, value) for label, value in out if value]
 
 

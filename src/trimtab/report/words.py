@@ -27,7 +27,8 @@ LOSS_IN_CONTROL = (
 @dataclass(frozen=True)
 class Words:
     """What things are called in a world. shares: rewards in [0, 1] are shares, and shown in percent. mute: findings of
-    `diagnose` that mean nothing here: the entropy of real-valued actions is relative, and passes 0 on its way.
+    `diagnose` that mean nothing here: the entropy of real-valued actions is relative, and passes 0 on its way (their
+    width is looked at instead); and a behavior policy that is another one on purpose is no fault of a sampler.
     """
 
     reward: str = "reward"
@@ -41,7 +42,7 @@ class Words:
 LANGUAGE = Words()
 WORDS = {
     "language": LANGUAGE,
-    "control": Words("return", "episode", "Episode", "decision", shares=False, mute=frozenset({"entropy"})),
+    "control": Words("return", "episode", "Episode", "decision", False, frozenset({"entropy", "noise", "gap"})),
 }
 
 

@@ -48,12 +48,13 @@ class Plan:
     """A comparison: the shared request (its method is empty, its `out` the whole folder), the arms and the seeds.
 
     The budget is `request.decisions` where given; else the first arm runs `request.steps` turns, and the others get,
-    seed by seed, the decisions that it used.
+    seed by seed, the decisions that it used. label: what tells its runs from those of another plan.
     """
 
     request: Request
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
+    label: str = ""
 
     @property
     def out(self) -> Path:
@@ -76,13 +77,14 @@ class Plan:
 class Job:
     """One run of a comparison: an arm with a seed."""
 
-    plan: Plan = field(compare=False)
+    plan: Plan
     arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.arm.expression}, seed {self.seed}"
+        where = f" on {self.plan.label}" if self.plan.label else ""
+        return f"{self.arm.expression}{where}, seed {self.seed}"
 
     @property
     def first(self) -> Job:
@@ -115,13 +117,14 @@ class Job:
     def check(self, request: Request) -> None:
         """Refuse a folder that holds a run of another request or of another definition of the method."""
         there, mine = asdict(request_of(self.folder)), asdict(request)
+        there["policy"] = self.folder.config()["request"]["policy"]  # as it was asked for; the fingerprint tells more
         if there["decisions"] is not None and mine["decisions"] is not None:
             there["steps"] = mine["steps"]  # not read
         odd = [
             f"{k} is {there[k]!r} there and {mine[k]!r} here" for k in mine if k not in _FREE and there[k] != mine[k]
         ]
         if self.folder.config().get("fingerprint") != self.arm.method.fingerprint():
-            odd = odd or ["the method has been redefined since"]
+            odd = odd or ["the method has been redefined, or the policy that it begins with has changed, since"]
         if odd:
             raise ComparisonError(
                 f"{self.folder.path} holds another run: {'; '.join(odd)}. Choose another --out, ask for the same "
@@ -138,10 +141,11 @@ class Job:
         return Run(arm, seed, state="unfinished")
 
 
-def plan(request: Request, expressions: Sequence[str], seeds: Sequence[int]) -> Plan:
+def plan(request: Request, expressions: Sequence[str], seeds: Sequence[int], label: str = "") -> Plan:
     """A comparison that can be run. Raises a TrimtabError, naming the arm, for what cannot be compared.
 
-    request: what all arms share; its method and seed are not read. expressions: 2 to 6 different methods.
+    request: what all arms share; its method and seed are not read. expressions: 2 to 6 different methods. label: see
+    `Plan`.
     """
     if not 2 <= len(expressions) <= len(CYCLE):
         raise ComparisonError(
@@ -159,15 +163,15 @@ def plan(request: Request, expressions: Sequence[str], seeds: Sequence[int]) -> 
         for other in arms:
             if other.method.fingerprint() == method.fingerprint():
                 raise ComparisonError(f"{other.expression!r} and {expression!r} are the same method; give each once")
-        arms.append(Arm(expression, method, _slug(expression)))
-    made = Plan(replace(request, method="", seed=0), tuple(arms), tuple(seeds))
+        arms.append(Arm(expression, method, slug(expression)))
+    made = Plan(replace(request, method="", seed=0), tuple(arms), tuple(seeds), label)
     for job in made.jobs():
         if (known := job.request()) is not None and job.folder.holds_run():
             job.check(known)
     return made
 
 
-def _slug(expression: str) -> str:
+def slug(expression: str) -> str:
     """A folder name: the expression where it is one, else a readable one with a digest of it."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", expression).strip("-")[:60]
     return plain if plain == expression else f"{plain}-{hashlib.sha256(expression.encode()).hexdigest()[:6]}"
@@ -187,13 +191,22 @@ def compare(
     A run that fails is recorded as failed and the others go on; on Ctrl-C `finished` is false, and the same call goes
     on from there.
     """
-    from trimtab.report.comparison import write_comparison
+    made = plan(request, expressions, seeds)
+    failures, stopped = work(made.jobs(), checked_jobs(jobs), mode)
+    return written(made, failures, jobs, finished=not stopped)
 
+
+def checked_jobs(jobs: int) -> int:
     if jobs < 1:
         raise ComparisonError(f"jobs={jobs} is not a number of runs at once; give 1 or more")
-    made = plan(request, expressions, seeds)
-    failures, stopped = work(made, jobs, mode)
-    found = analysed(made, failures, jobs) | {"finished": not stopped}
+    return jobs
+
+
+def written(made: Plan, failures: dict[Job, str], jobs: int, *, finished: bool) -> dict[str, Any]:
+    """The comparison from whatever the folders hold, with its `comparison.json` and its page."""
+    from trimtab.report.comparison import write_comparison
+
+    found = analysed(made, failures, jobs) | {"finished": finished}
     made.out.mkdir(parents=True, exist_ok=True)
     write_atomic(made.out / "comparison.json", to_json(found, indent=1) + "\n")
     if any(arm["seeds"] for arm in found["arms"]):

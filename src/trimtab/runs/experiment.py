@@ -14,9 +14,10 @@ import torch
 
 from trimtab import __version__
 from trimtab.core.errors import CheckpointError, DiskError, TrimtabError
-from trimtab.core.loop import Step, begin, run
+from trimtab.core.loop import Step, run
 from trimtab.core.method import show
 from trimtab.core.state import State, checkpoints, load, save
+from trimtab.report.course import Course
 from trimtab.report.folder import RunFolder
 from trimtab.report.live import LiveView
 from trimtab.report.tensorboard import TensorBoard, needs_tensorboard
@@ -75,9 +76,10 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
     if request.tensorboard:
         needs_tensorboard()
     made = build(settle(request))
-    state = begin(made.method, made.environment, made.models, seed=request.seed)
+    state = made.begin()
     folder = RunFolder(request.out).create(config(made))
-    return _guarded(made, state, folder, Tally(), mode)
+    made.keep(folder.path)
+    return _guarded(made, state, folder, Tally(), mode, notes=made.notes())
 
 
 def resume(
@@ -96,7 +98,7 @@ def resume(
     if request.tensorboard:
         needs_tensorboard()
     made = build(request)
-    state = begin(made.method, made.environment, made.models, seed=request.seed)
+    state = made.begin()
     # A run that was killed before its first checkpoint has lost nothing but its first turns: they are made again.
     differences = load(state, folder.checkpoints) if checkpoints(folder.checkpoints) else []
     if state.seed != request.seed:
@@ -135,7 +137,8 @@ def _go(
     records = usual(request.method).records
     title, lead = f"{made.method.name} on {request.env}", about_loss(made.method.flatten(), world_of(request.method))
     ((unit, until),) = request.budget.items()
-    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead, words=words_of(world_of(request.method))))  # type: ignore[arg-type]
+    words, course = words_of(world_of(request.method)), Course.of(folder.metrics(), folder.evaluations())
+    view = Watchers(LiveView(until, unit, title=title, mode=mode, lead=lead, words=words, course=course))  # type: ignore[arg-type]
     if request.tensorboard:
         view.add(TensorBoard(folder.tensorboard, turn=state.clock.turns))
     with folder, view, interruptible() as interrupted:
@@ -187,6 +190,7 @@ def _finish(folder: RunFolder, tally: Tally, state: State) -> dict[str, Any]:
         "turns": state.clock.turns,
         "finished": not tally.stopped,
         "report": str(report),
+        "findings": folder.read_json("findings")["findings"],
     }
 
 
@@ -231,11 +235,11 @@ def evaluate_folder(
         request = replace(request, env=env, eval_env=None, reward=None, prompt=None)
     started = time.perf_counter()
     with closing(build(request)) as made:
-        state = begin(made.method, made.environment, made.models, seed=request.seed)
+        state = made.begin()
         before = after = made.evaluate(state).summary()
         if checkpoints(folder.checkpoints):
             with closing(build(replace(trained, threads=request.threads))) as original:
-                state = begin(original.method, original.environment, original.models, seed=request.seed)
+                state = original.begin()
                 load(state, folder.checkpoints)
                 after = made.evaluate(state).summary()
     seconds = round(time.perf_counter() - started, 3)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import TrimtabError
-from trimtab.core.loop import begin
 from trimtab.core.state import State, checkpoints, load
 from trimtab.report.folder import RunFolder
 from trimtab.runs.language import LanguageExperiment
@@ -48,7 +47,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is there already; give another folder with --out, or remove that one")
     with closing(build(request)) as made:
-        state = begin(made.method, made.environment, made.models, seed=request.seed)
+        state = made.begin()
         load(state, chosen)
     try:
         _write(made, state, target, merge)

@@ -24,7 +24,7 @@ from trimtab.runs.interrupt import interruptible
 from trimtab.runs.request import Request
 
 if TYPE_CHECKING:
-    from trimtab.runs.comparison import Job, Plan
+    from trimtab.runs.comparison import Job
 
 _LOOK = 0.2  # seconds between looks at the processes
 _QUIET = 60.0  # and between lines on how far they are
@@ -69,7 +69,7 @@ class Progress:
         return f" (about {duration(left * sum(known) / len(known) / min(self.at_once, math.ceil(left)))} left)"
 
 
-def work(made: Plan, jobs: int, mode: str) -> tuple[dict[Job, str], bool]:
+def work(every: list[Job], jobs: int, mode: str) -> tuple[dict[Job, str], bool]:
     """Run everything that is not finished: the failures, and whether it was stopped by Ctrl-C."""
     console = Console()
 
@@ -77,8 +77,8 @@ def work(made: Plan, jobs: int, mode: str) -> tuple[dict[Job, str], bool]:
         if mode != "silent":
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    waiting = [job for job in made.jobs() if not job.finished()]
-    total = len(made.jobs())
+    waiting = [job for job in every if not job.finished()]
+    total = len(every)
     progress = Progress(total, jobs, say, done=total - len(waiting))
     if progress.done:
         say(f"{count(progress.done, 'run')} of {total} finished before")

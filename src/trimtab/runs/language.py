@@ -13,7 +13,7 @@ from torch import nn
 
 from trimtab.core.batch import Batch
 from trimtab.core.errors import EnvironmentFailure, MethodError
-from trimtab.core.loop import Step
+from trimtab.core.loop import Step, begin
 from trimtab.core.method import Method
 from trimtab.core.state import State
 from trimtab.core.terms import rows_of
@@ -21,6 +21,7 @@ from trimtab.environments.spec import FORMS
 from trimtab.evaluation import Evaluation, answer_length
 from trimtab.report.intervals import mean_interval
 from trimtab.runs.request import Request
+from trimtab.stages.signals import measured, numbers
 
 
 @dataclass
@@ -46,6 +47,15 @@ class LanguageExperiment:
         device: torch.device = self.policy.device
         return device
 
+    def begin(self) -> State:
+        return begin(self.method, self.environment, self.models, seed=self.request.seed)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def keep(self, folder: Path) -> None:
+        """A policy is read from where it was read before."""
+
     def evaluate(self, state: State | None = None) -> Evaluation:
         """The policy of a state, or the one that was built, on held-out problems."""
         policy = self.policy if state is None else state.models["policy"]
@@ -61,7 +71,7 @@ class LanguageExperiment:
         }
 
     def measured(self, step: Step) -> dict[str, float]:
-        return {**of_batch(step.batch, step.logs), **step.logs}
+        return {**of_batch(step.batch, step.logs), **numbers(measured(step.batch)), **step.logs}
 
     def sample(self, step: Step) -> Iterator[Mapping[str, Any]]:
         return group_sample(self.policy, step)

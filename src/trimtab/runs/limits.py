@@ -18,7 +18,7 @@ WHOLE = {
     "lora": (0, "the rank of an adapter; 0 trains all parameters"),
     "rows": (1, "rows per update; leave it out for the method's own"),
     "passes": (1, "passes over each batch; leave it out for the method's own"),
-    "memory": (1, "rows in memory at once; leave it out for all"),
+    "memory": (1, "rows in memory at once; leave it out for what the policy reads well at once"),
     "eval_every": (1, "turns between evaluations; a number above steps evaluates only before and after"),
     "eval_problems": (1, "held-out problems, or episodes, per evaluation"),
     "eval_samples": (1, "answers to each of them"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,26 +16,33 @@ from trimtab.core.batch import Batch
 from trimtab.core.disk import size_words
 from trimtab.core.errors import MethodError
 from trimtab.core.loop import Step, run
+from trimtab.core.method import Method
 from trimtab.core.stopwatch import Span, Stopwatch, measuring
 from trimtab.runs.commands import options
 from trimtab.runs.meters import Products, beside, machine_rates, machine_words, peak_since
 from trimtab.runs.request import Request, settle
-from trimtab.runs.worlds import Experiment, build
+from trimtab.runs.worlds import Experiment, build, world_of
 
 # What the seconds of a phase are called that fell outside the phases inside it.
 REST = {"sample": "decode", "update": "optimizer"}
 
 
-def profile(request: Request, turns: int = 3) -> dict[str, Any]:
+# A turn of a control method may be one step: it is warmed up, and measured, for so many seconds.
+WARM, LONG, MANY = 0.3, 2.0, 10_000
+
+
+def profile(request: Request, turns: int | None = None) -> dict[str, Any]:
     """Run one turn to warm up, one under a counter of products, and `turns` that are measured.
 
-    They are the first turns of the run that was asked for; nothing is evaluated, saved or written.
+    They are the first turns of the run that was asked for; nothing is evaluated, saved or written. turns: by default 3,
+    and of a control method as many as take two seconds, whose products are counted over as many turns as its tracks
+    need to have learned once.
 
     Returns the phases of an average turn, its tokens, the machine's own rates, and whether other work disturbed it.
     A phase's flops are those of the counted turn, times the ratio of the measured turns' response tokens to its own.
     Raises MethodError for turns < 1, and what building the request raises.
     """
-    if turns < 1:
+    if turns is not None and turns < 1:
         raise MethodError(f"turns={turns} must be at least 1: how many turns are measured")
     made = build(settle(request))
     try:
@@ -44,24 +53,34 @@ def profile(request: Request, turns: int = 3) -> dict[str, Any]:
     return {**found, "beside": others, "busy": others["busy"]}
 
 
-def _profiled(made: Experiment, turns: int) -> dict[str, Any]:
+def _profiled(made: Experiment, asked: int | None) -> dict[str, Any]:
     request, budget = made.request, made.request.budget
+    acts = world_of(request.method) == "control"
     rates = machine_rates(made.numbers, made.device)
+    turns = asked or 3
     if budget.get("turns", turns + 2) < turns + 2:
         raise MethodError(f"steps={budget['turns']} leave no room for {turns} measured turns after two; ask for more")
-    loop = run(made.method, made.environment, made.models, until=budget, seed=request.seed, memory=request.memory)
+    loop = run(made.method, made.environment, made.models, until=budget, state=made.begin(), memory=request.memory)
     _next(loop)  # the first turn pays for what later ones find ready
+    warmed, whole = 1, period(made.method) if acts else 1
+    for _ in _until(WARM if acts else 0.0, _left(budget, warmed, turns + whole)):
+        _next(loop)
+        warmed += 1
     products = Products()
-    with measuring(products.meters()) as counted, products:
-        one = _turn(loop, counted)
-    before = one.state.clock.decisions
-    with measuring(gauge=peak_since) as watch:
+    with measuring(products.meters(), gauge=peak_since if acts else None) as counted, products:
+        ones = [_turn(loop, counted) for _ in range(whole)]
+    before = ones[-1].state.clock.decisions
+    with measuring(gauge=None if acts else peak_since) as watch:  # a gauge is slower than many a step
         steps = [_turn(loop, watch) for _ in range(turns)]
+        if acts and asked is None:
+            steps += [_turn(loop, watch) for _ in _until(LONG, _left(budget, warmed + whole + turns, 0))]
+    turns = len(steps)
     tokens = [tokens_of(step.batch) for step in steps]
     mean = {name: statistics.fmean(t[name] for t in tokens) for name in tokens[0]}
     decoded = (steps[-1].state.clock.decisions - before) / turns  # more than learned from, where rows were dropped
     sampled = {"decode": decoded, "prefill": mean["prompt"] * decoded / max(1.0, mean["response"])}
-    scale = mean["response"] / max(1, tokens_of(one.batch)["response"])
+    sampled |= dict.fromkeys(("act", "environment"), decoded)
+    scale = mean["response"] / max(1, sum(tokens_of(one.batch)["response"] for one in ones))
     lines = phases(watch.root.parts["turn"], counted.root.parts["turn"], turns, scale, sampled)
     return {
         "method": made.method.name,
@@ -70,11 +89,34 @@ def _profiled(made: Experiment, turns: int) -> dict[str, Any]:
         "command": shlex.join(["trimtab", "profile", request.method, *options(replace(request, out=""))]),
         "turns": turns,
         "seconds_a_turn": lines[0]["seconds"],
-        "tokens_a_turn": mean,
+        "world": world_of(request.method),
+        "tokens_a_turn": {**mean, "made": decoded},
         "peak_bytes": lines[0]["peak_bytes"],
         "phases": lines,
         "machine": {**machine_words(torch.get_num_threads()), **rates},
     }
+
+
+def period(method: Method) -> int:
+    """Turns after which a method does the same again: its tracks learn each so often, or wait for so many turns."""
+    every = [track.every for one in (method, *(p.method for p in method.phases)) for track in one.tracks]
+    waits = [p.options["turns"] for one in (method, *(p.method for p in method.phases)) for track in one.tracks
+             for p in track.update.walk() if p.name == "waiting"]  # fmt: skip
+    return math.lcm(*every, *waits)
+
+
+def _left(budget: Mapping[str, int], made: int, needed: int) -> int:
+    """Turns that a budget of turns still has to spare."""
+    return budget["turns"] - made - needed if "turns" in budget else MANY
+
+
+def _until(seconds: float, most: int) -> Iterator[int]:
+    """Count until so many seconds are over, at most to `most`."""
+    began = time.perf_counter()
+    for k in range(most):
+        if time.perf_counter() - began >= seconds:
+            return
+        yield k
 
 
 def _turn(loop: Iterator[Step], watch: Stopwatch) -> Step:
@@ -114,7 +156,8 @@ def phases(turn: Span, counted: Span, turns: int, scale: float, sampled: Mapping
     def below(path: tuple[str, ...], span: Span, twin: Span, tokens: Mapping[str, float]) -> Iterator[dict[str, Any]]:
         said = span.counts.get("decisions", tokens.get(path[-1], 0.0) * turns) / turns or None
         products = {meter: twin.totals.get(meter, 0.0) * scale for meter in ("flops", "bytes")}
-        shared = {"share": span.seconds / turn.seconds, "calls": span.calls / turns, "peak_bytes": span.peak or None}
+        shared: dict[str, Any] = {"share": span.seconds / turn.seconds, "calls": span.calls / turns}
+        shared["peak_bytes"] = max(span.peak, twin.peak) or None  # of those turns that had a gauge
         yield _line(path, span.seconds / turns, said, products, **shared)
         inside = dict(tokens)
         if "forward" in span.parts:  # a backward is over the rows of the forward before it
@@ -154,12 +197,17 @@ def _line(
 HEADS = ("phase", "seconds a turn", "share", "tokens/s", "GFLOP/s", "GB/s", "peak memory")
 
 
+def heads(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands above the columns of `lines`: a decision is a token where text is written."""
+    return tuple("decisions/s" if h == "tokens/s" and found["world"] == "control" else h for h in HEADS)
+
+
 def lines(found: Mapping[str, Any]) -> list[list[str]]:
-    """The lines of a profile as text, under `HEADS`."""
+    """The lines of a profile as text, under `heads`."""
     return [
         [
             "  " * (len(line["path"]) - 1) + line["path"][-1],
-            f"{line['seconds']:.4f}",
+            f"{line['seconds']:.{4 if found['phases'][0]['seconds'] > 0.1 else 6}f}",
             f"{line['share']:.1%}",
             *[_said(line[name]) for name in ("tokens_per_second", "gflops", "gbps")],
             size_words(line["peak_bytes"]) if line["peak_bytes"] else "-",
@@ -175,9 +223,18 @@ def _said(value: float | None) -> str:
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know: tokens, the machine's own rates, and whether it was quiet."""
     tokens, machine, others = found["tokens_a_turn"], found["machine"], found["beside"]
-    said = [
+    first = (
         f"A turn has {tokens['rows']:.0f} rows, {tokens['prompt']:.0f} prompt tokens (of a group once) and "
-        f"{tokens['response']:.0f} response tokens; tokens/s are of prompts for prefill, of responses elsewhere.",
+        f"{tokens['response']:.0f} response tokens; tokens/s are of prompts for prefill, of responses elsewhere."
+    )
+    if found["world"] == "control":
+        first = (
+            f"A turn makes {tokens['made']:.4g} decisions and learns from a batch of {tokens['rows']:.0f}; decisions/s "
+            "are of those made in act and environment, of those learned from elsewhere. environment: stepping it, with "
+            "resets; replay: drawing from what is kept; copies: target networks, and whatever else follows a network."
+        )
+    said = [
+        first,
         f"This machine, {machine['threads']} threads: {machine['gflops']:.0f} GFLOP/s in a large "
         f"{found['policy']['compute']} product, {machine['gbps']:.0f} GB/s in a large copy.",
         "GFLOP/s and GB/s are those of matrix products and attention; element-wise work is not counted.",

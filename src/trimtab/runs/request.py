@@ -10,7 +10,7 @@ from trimtab.core.method import Method
 from trimtab.core.registry import parse
 from trimtab.evaluation import Evaluator, whole_numbers
 from trimtab.machine import threads_for
-from trimtab.report.folder import RunFolder
+from trimtab.report.folder import START, RunFolder
 from trimtab.runs.limits import check_numbers, check_written
 from trimtab.runs.literals import literal
 from trimtab.runs.rhythm import Rhythm
@@ -23,7 +23,8 @@ SMALL = ("nano", "tiny")
 class Request:
     """What a user asked for; written to `config.json`, and enough to rebuild the run.
 
-    policy: the language policy that is trained; "" where the method names networks to build. steps: turns of the loop.
+    policy: the language policy that is trained; of a control method, whose networks the method names, the folder of an
+    earlier run that they begin with, or "". steps: turns of the loop.
     decisions: instead of steps, stop after the first turn that reaches this many decisions of our policy; schedules
     follow. set: `piece.option=value` pairs. envs: environments stepped together. rows, passes: rows per update and
     passes over a batch (None: the method's own). memory: rows in memory at once. eval_every, save_every: turns between
@@ -117,10 +118,15 @@ def configured(request: Request) -> Method:
         if not equals:
             raise MethodError(f"--set {pair!r} is not of the form piece.option=value, for example update.lr=1e-5")
         method = method.set(path.strip(), literal(text))
+    if request.policy and world_of(request.method) == "control":
+        from trimtab.policies.start import read_start, started
+
+        method = started(method, read_start(request.policy))
     return method
 
 
 def request_of(folder: RunFolder) -> Request:
-    """The request that a run folder was made from."""
+    """The request that a run folder was made from; what it began with is read from its own copy."""
     given = check_written(Request, folder.config().get("request"), folder.path / "config.json")
-    return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path)})
+    kept = {"policy": str(folder.path / START)} if (folder.path / START).is_dir() else {}
+    return Request(**{**given, "set": tuple(given.get("set", ())), "out": str(folder.path), **kept})

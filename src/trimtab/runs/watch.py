@@ -11,7 +11,6 @@ import torch
 
 from trimtab.core.errors import EnvironmentFailure, MethodError, TrimtabError
 from trimtab.core.kit import Kit
-from trimtab.core.loop import begin
 from trimtab.core.state import checkpoints, load
 from trimtab.environments.gym import GymEnvironment
 from trimtab.report.folder import RunFolder
@@ -54,7 +53,7 @@ def watch(
         os.environ.setdefault(name, value)
     with closing(build(request)) as made:
         assert isinstance(made, ControlExperiment)
-        state = begin(made.method, made.environment, made.models, seed=request.seed)
+        state = made.begin()
         if checkpoints(folder.checkpoints):
             load(state, choose(folder, checkpoint))
         elif checkpoint != "newest":

@@ -40,7 +40,7 @@ USUAL = {
     "language": Usual({"turns": 60}, Rhythm(1), Rhythm(10), Rhythm(25), 50, ("envs",)),
     "control": Usual(
         {"decisions": 100_000}, Rhythm(None, 500), Rhythm(None, 20), Rhythm(None, 10), 10,
-        ("policy", "lora", "dtype", "checkpointing", "chat", "reward", "prompt", "eval_samples", "eval_k",
+        ("lora", "dtype", "checkpointing", "chat", "reward", "prompt", "eval_samples", "eval_k",
          "eval_temperature"),
     ),
 }  # fmt: skip
@@ -76,6 +76,18 @@ class Experiment(Protocol):
     def numbers(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
+    def begin(self) -> State:
+        """The state before the first turn, with everything that the policy was given."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Sentences that a user should read when the run begins."""
+        ...
+
+    def keep(self, folder: Path) -> None:
+        """Put into a new run folder what the run could not be built again without."""
+        ...
+
     def evaluate(self, state: State) -> Result:
         """The policy as it is in this state; nothing of the run moves."""
         ...

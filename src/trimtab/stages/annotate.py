@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.core.batch import Batch
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
+from trimtab.stages.signals import mismatch
 
 
 @piece("annotate", slot="logp_old", reads=("action", "mask"), writes=("logp_old",))
@@ -34,20 +35,19 @@ def _every_sane(options: Mapping[str, Any]) -> str | None:
     return None if isinstance(every, int) and every >= 1 else f"every={every!r} must be a whole number, at least 1"
 
 
-@piece("annotate", slot="sampler_mismatch", reads=("action", "mask", "logp_behavior"))
+@piece("annotate", slot="sampler_mismatch", reads=("action", "mask", "logp_behavior"), validate=_every_sane)
 def sampler_mismatch(kit: Kit, batch: Batch, *, every: int = 1) -> Batch:
     """How far the sampler's log-probabilities are from the trainer's, before the first update of each `every`th batch.
 
     With d = log pi(a) - logp_behavior over the decisions, logs `mismatch` = mean |d|, `mismatch_max` = max |d| and
-    `mismatch_kl` = mean(exp(d) - 1 - d) >= 0, an estimate of KL(sampler || trainer) in nats (Schulman 2020). All are 0
-    for a sampler that is the trainer's policy. It costs a forward pass: `method.then(sampler_mismatch(every=10))`.
+    `mismatch_kl` = mean(exp(d) - 1 - d) (see `signals.mismatch`). It costs a forward pass:
+    `method.then(sampler_mismatch(every=10))`. The mean |d| of every update is logged without it (`sampler_gap`).
     """
     if kit.clock.turns % every:
         return batch
     decisions = batch.mask.bool()
-    d = (kit.evaluate("policy", batch, {"logp"})["logp"] - batch.logp_behavior)[decisions].double()
-    if len(d):
-        kit.log("mismatch", d.abs().mean())
-        kit.log("mismatch_max", d.abs().max())
-        kit.log("mismatch_kl", (d.exp() - 1 - d).mean())
+    if bool(decisions.any()):
+        logp = kit.evaluate("policy", batch, {"logp"})["logp"]
+        for name, value in mismatch(logp[decisions], batch.logp_behavior[decisions]).items():
+            kit.log("mismatch" if name == "gap" else f"mismatch_{name}", value)
     return batch

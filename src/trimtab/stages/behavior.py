@@ -18,6 +18,7 @@ from trimtab.core.closure import Closure
 from trimtab.core.kit import Kit
 from trimtab.core.piece import Schedule, piece
 from trimtab.core.terms import Term, mask_of
+from trimtab.stages.around import outermost_adds
 from trimtab.stages.steps import RAW
 from trimtab.stages.update import descend, make_adamw
 
@@ -36,7 +37,8 @@ def _sane_kept(options: Mapping[str, Any]) -> str | None:
     return None if options["blocks"] >= 1 else f"blocks={options['blocks']} must be at least 1: the new one is kept too"
 
 
-@piece("collect", writes=("fresh", "leaving"), state={"kept": nothing_kept}, validate=_sane_kept)
+@piece("collect", writes=("fresh", "leaving"), state={"kept": nothing_kept}, validate=_sane_kept,
+       fits=outermost_adds("joins each row to the same row of the collect before"))  # fmt: skip
 def kept(kit: Kit, *, inner: Callable[[], Batch], blocks: int = 2) -> Batch:
     """A wrap: the steps of the last `blocks` collects in one row for each environment, in the order they were made.
 

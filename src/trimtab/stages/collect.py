@@ -14,6 +14,7 @@ from trimtab.core.kit import Kit
 from trimtab.core.piece import Schedule, piece
 from trimtab.core.stopwatch import phase
 from trimtab.core.terms import SOURCES
+from trimtab.stages.around import outermost_adds
 
 TEXT_COLUMNS = (
     "prompt", "prompt_mask", "action", "mask", "reward", "terminated", "truncated", "logp_behavior", "temperature",
@@ -157,7 +158,9 @@ def _log(kit: Kit, batch: Batch) -> None:
     kit.log("reward_std", score.std(correction=0))
     # The mean of -log pi over sampled tokens estimates the entropy without bias, at no cost (temperature 1, no cuts).
     kit.log("entropy", -(batch.logp_behavior * batch.mask).sum() / batch.mask.sum().clamp_min(1))
-    kit.log("dead_groups", groups.distinct(groups.same(score).double()).mean())
+    dead = groups.same(score)
+    for name, which in (("groups", dead), ("right", dead & (score >= 1)), ("wrong", dead & (score <= 0))):
+        kit.log(f"dead_{name}", groups.distinct(which.double()).mean())
     kit.log("length", batch.mask.sum(1).double().mean())
     kit.log("truncated", batch.truncated.double().mean())
 
@@ -166,7 +169,10 @@ def _batches_sane(options: Mapping[str, Any]) -> str | None:
     return None if options["batches"] >= 0 else f"batches={options['batches']} must be at least 0"
 
 
-@piece("collect", validate=_batches_sane)
+_CHOOSES = outermost_adds("chooses among the groups of several collects", lambda options: options["batches"] > 0)
+
+
+@piece("collect", reads=("reward", "mask", "group"), validate=_batches_sane, fits=_CHOOSES)
 def dynamic_sampling(kit: Kit, *, inner: Callable[[], Batch], batches: int = 10, strict: bool = False) -> Batch:
     """A wrap: collect again and again until as many groups differ in their rewards as one collect gives groups.
 
@@ -205,7 +211,8 @@ def _tries_sane(options: Mapping[str, Any]) -> str | None:
     return None if options["tries"] >= 1 else f"tries={options['tries']} must be at least 1"
 
 
-@piece("collect", writes=("pair", "preferred"), validate=_tries_sane)
+@piece("collect", reads=("reward", "mask", "group"), writes=("pair", "preferred"), validate=_tries_sane,
+       fits=outermost_adds("collects again where no pair is found"))  # fmt: skip
 def ranked_pairs(kit: Kit, *, inner: Callable[[], Batch], tries: int = 10) -> Batch:
     """A wrap: the best and the worst response of every group become a preference pair; all-equal groups are left out.
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from trimtab.core.batch import Batch
 from trimtab.core.kit import Kit
-from trimtab.core.piece import Schedule, piece
-from trimtab.core.terms import Term, rows_of
+from trimtab.core.method import Method
+from trimtab.core.piece import Piece, Schedule, piece
+from trimtab.core.terms import Term, fixed, rows_of
 
 SAME = 1e-12  # variances this close are equal, and the lot decides
 
@@ -86,8 +87,25 @@ def _kept(
     return batch.put(keep=on)
 
 
+def over_rows(per: Any) -> bool:
+    """Whether a reduction divides by the number of rows."""
+    return per in ("row", "row_sum") or isinstance(per, fixed)
+
+
+def mean_over_kept(method: Method, piece: Piece) -> str | None:
+    """A `fits`: surrogates that divide by the number of rows divide by those that are kept (`over_kept`)."""
+    for _, slot, p in method.places():
+        per = p.core.options.get("per") if slot == "surrogate" else None
+        if over_rows(per) and not any(q.name == "over_kept" for q in p.stack()):
+            return (
+                f"{piece.name} drops rows, and per={per!r} of the surrogate, which was given after it, would still "
+                f"divide by all of them; give the reduction first"
+            )
+    return None
+
+
 @piece("select", slot="down_sample", reads=("advantage", "entropy_old", "mask", "keep"), writes=("keep",),
-       validate=_sane)  # fmt: skip
+       validate=_sane, fits=mean_over_kept)  # fmt: skip
 def down_sample(kit: Kit, batch: Batch, *, share: float = 0.5, tokens: float = 0.3) -> Batch:
     """Keep the rows of the batch whose advantages have the largest variance, then their decisions of largest |A| H.
 
@@ -105,7 +123,7 @@ def down_sample(kit: Kit, batch: Batch, *, share: float = 0.5, tokens: float = 0
 
 
 @piece("select", slot="down_sample", reads=("advantage", "entropy_old", "mask", "keep", "group"), writes=("keep",),
-       validate=_sane)  # fmt: skip
+       validate=_sane, fits=mean_over_kept)  # fmt: skip
 def down_sample_groups(kit: Kit, batch: Batch, *, share: float = 0.5, tokens: float = 0.3) -> Batch:
     """As `down_sample`, but the rows of largest variance are taken from each group by itself (D1S of the paper)."""
 

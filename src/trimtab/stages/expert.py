@@ -14,6 +14,7 @@ from trimtab.core.errors import MethodError, nearest
 from trimtab.core.kit import Kit
 from trimtab.core.piece import Schedule, piece
 from trimtab.core.terms import Term, rows_of
+from trimtab.stages.around import text_only
 from trimtab.stages.collect import expert_rows
 
 # -- where they come from ----------------------------------------------------------------------------------------
@@ -21,11 +22,17 @@ from trimtab.stages.collect import expert_rows
 
 def opened(kit: Any, options: Mapping[str, Any]) -> Any:
     """The stream of demonstrations in a file, or None where the environment's own reference answers are shown."""
-    if options["file"] is None:
-        return None
     from trimtab.environments.experts import Experts
     from trimtab.environments.text import TextEnvironment
 
+    if options["file"] is None:
+        shown = kit.environment.peek().answer if isinstance(kit.environment, TextEnvironment) else ""
+        if shown is None:
+            raise MethodError(
+                f"the problems of {kit.environment.name!r} have no reference answers to demonstrate; say where "
+                f"demonstrations are: chord(experts='FILE.jsonl')"
+            )
+        return None
     if not isinstance(kit.environment, TextEnvironment):
         raise MethodError(
             f"experts={options['file']!r} holds prompts with responses, and the environment here is no text "
@@ -54,6 +61,7 @@ def unusable(policy: Any, problem: Any, response: str) -> str | None:
 @piece(
     "part",
     state={"experts": opened},
+    fits=text_only("prompts and responses of text to show"),
     writes=("prompt", "prompt_mask", "action", "mask", "source", "age", "question", "response", "temperature"),
 )
 def text_experts(kit: Kit, n: int, *, file: str | None = None) -> Batch:
@@ -76,7 +84,7 @@ def _share_sane(options: Mapping[str, Any]) -> str | None:
     return None if 0 <= share < 1 else f"share={share} must be in [0, 1): the part of the batch that experts supply"
 
 
-@piece("collect", writes=("source",), validate=_share_sane)
+@piece("collect", writes=("source",), validate=_share_sane, adds_rows=True)
 def with_experts(kit: Kit, *, inner: Callable[[], Batch], source: Callable[[int], Batch], share: float = 0.2) -> Batch:
     """A wrap: behind the rows of the collect inside come so many demonstrations that they are `share` of the batch.
 

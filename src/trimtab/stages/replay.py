@@ -13,6 +13,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.chunks import AppendOnly, Saved
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
+from trimtab.core.stopwatch import phase
 from trimtab.core.terms import SOURCES
 from trimtab.stages.steps import finished
 
@@ -130,15 +131,18 @@ def replay(
     begun, taken, carry = ring.total, 0, None
     while taken < steps or ring.total < warmup:
         obs = world.obs
-        decision, carry = actor.act(obs, carry, rng)
-        made = world.step(decision.action)
+        with phase("act", brief=True):
+            decision, carry = actor.act(obs, carry, rng)
+        with phase("environment", brief=True):
+            made = world.step(decision.action)
         ring.append(obs, decision.action, made.next_obs, made.reward, made.terminated, made.truncated)
         if learn is not None:
             learn(world.obs)
         taken += 1
     kit.decided(ring.total - begun)
     finished(kit)
-    columns = ring.draw(batch, kit.rng("replay"))
+    with phase("replay", brief=True):
+        columns = ring.draw(batch, kit.rng("replay"))
     if see is not None:
         columns |= {name: see(columns[name].flatten(0, 1))[:, None] for name in ("obs", "next_obs")}
     mask, source = torch.ones(batch, 1, dtype=torch.bool), SOURCES.index("replay")

@@ -43,7 +43,7 @@ def _window_sane(options: Mapping[str, Any]) -> str | None:
     return None
 
 
-@piece("collect", writes=("source", "age"), state={"replay": empty}, validate=_window_sane)
+@piece("collect", writes=("source", "age"), state={"replay": empty}, validate=_window_sane, adds_rows=True)
 def replayed(kit: Kit, *, inner: Callable[[], Batch], share: float = 0.4, window: int = 2) -> Batch:
     """A wrap: behind the fresh rows come whole groups of earlier turns, so many that they are `share` of the batch.
 
@@ -58,7 +58,7 @@ def replayed(kit: Kit, *, inner: Callable[[], Batch], share: float = 0.4, window
     if store["turn"] == turn:
         raise MethodError(
             "the replay was asked twice in one turn, so a piece around it collects again and again; put the replay "
-            "outside that piece: remix+dapo, not dapo+remix"
+            "around that piece"
         )
     rows = kit.counted(inner)
     own = rows_of(rows, "policy")

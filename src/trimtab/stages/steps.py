@@ -12,6 +12,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
 from trimtab.core.piece import piece
+from trimtab.core.stopwatch import phase
 from trimtab.core.terms import SOURCES
 from trimtab.environments.transition import Transition
 
@@ -47,13 +48,15 @@ class Recording:
         """One decision in every environment."""
         world, columns = self.environment, self.columns
         seen, before = self._seen, world.obs
-        decision, self._carry = self.actor.act(world.obs, self._carry, self.rng)
+        with phase("act", brief=True):
+            decision, self._carry = self.actor.act(world.obs, self._carry, self.rng)
         if decision.logp is None:
             raise MethodError(
                 f"{type(self.actor).__name__} decides without saying with what probability, and steps of the policy "
                 f"itself need that; a deterministic policy learns from replay"
             )
-        made: Transition = world.step(decision.action)
+        with phase("environment", brief=True):
+            made: Transition = world.step(decision.action)
         self._learn(world.obs)
         self._seen = self._see(world.obs)
         over = made.terminated | made.truncated

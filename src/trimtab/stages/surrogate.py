@@ -128,6 +128,12 @@ def _consistent(options: Mapping[str, Any]) -> str | None:
         return "shape=score_function() uses no ratio and no bound, so they would be ignored; leave them out"
     if shape.core.name != "score_function" and ratio is None:
         return f"shape={shape.name}() needs a ratio, for example ratio=token_ratio()"
+    measured = bound.options.get("measure") if isinstance(bound, Piece) else None
+    if isinstance(measured, Piece) and isinstance(ratio, Piece) and measured.core != ratio.core:
+        return (
+            f"the bound was moved to where {measured.core.name} is, and the ratio is {ratio.core.name}; change the "
+            f"ratio before the bound is moved"
+        )
     if shape.core.name in HARD and bound is None:
         return f"shape={shape.name}() needs a bound, for example bound=clip(0.2, 0.2)"
     return None

@@ -41,6 +41,7 @@ from trimtab.core.registry import Neutral, method
 from trimtab.core.terms import mask_of
 from trimtab.methods.language.bases import grpo
 from trimtab.stages.again import again, has, noted
+from trimtab.stages.around import outermost_adds
 from trimtab.stages.surrogate import Now
 
 CHOICES = {"select": ("reward", "advantage"), "measure": ("rollouts", "trained"), "place": ("random", "first")}
@@ -93,7 +94,9 @@ def _sane(options: Mapping[str, Any]) -> str | None:
     return _known(options)
 
 
-@piece("collect", writes=("tempered",), state={"controller": at_start}, validate=_sane)
+@piece("collect", reads=("logp_behavior", "reward", "mask", "group"), writes=("tempered",),
+       state={"controller": at_start}, validate=_sane, adds_rows=True,
+       fits=outermost_adds("asks prompts of its batch again"))  # fmt: skip
 def rerolled(
     kit: Kit,
     *,

@@ -13,7 +13,7 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import MethodError
 from trimtab.core.kit import Kit
 from trimtab.core.method import Method
-from trimtab.core.piece import piece
+from trimtab.core.piece import Piece, piece
 from trimtab.core.registry import Neutral, method
 from trimtab.methods.language.bases import grpo
 from trimtab.stages.credit import centred, spread
@@ -58,7 +58,19 @@ def _sane(options: Mapping[str, Any]) -> str | None:
     return None
 
 
-@piece("credit", reads=("reward", "group", "mask"), writes=("advantage",), validate=_sane)
+def _priced(method: Method, piece: Piece) -> str | None:
+    """A `fits`: what wraps take off a reward lies in the range too, which is known before the first reward."""
+    taken = sum(p.options["penalty"] for p in method.get("credit").stack() if p.name == "overlong")
+    if not taken or piece.options["lower"] <= -taken:
+        return None
+    return (
+        f"bnpo reads rewards in [{piece.options['lower']}, {piece.options['upper']}], and the price on overlong "
+        f"responses takes up to {taken} off them. Say so, bnpo(lower={-taken}) where they are at least 0, or take the "
+        f"price off, dapo(penalty=0.0)"
+    )
+
+
+@piece("credit", reads=("reward", "group", "mask"), writes=("advantage",), validate=_sane, fits=_priced)
 def beta_normalised(
     kit: Kit,
     batch: Batch,

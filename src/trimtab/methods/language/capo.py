@@ -40,6 +40,7 @@ from trimtab.core.registry import Neutral, method
 from trimtab.core.terms import mask_of, weights
 from trimtab.methods.language.bases import grpo
 from trimtab.policies.readout import TOP
+from trimtab.stages.around import text_only
 from trimtab.stages.curvature import Adam, Decisions, Moments, as_state, decisions, effect, learned, predicted
 from trimtab.stages.surrogate import Now
 
@@ -123,9 +124,19 @@ def _percentile(values: Tensor, q: float) -> float:
     return float(values.kthvalue(max(1, math.ceil(q * len(values)))).values)
 
 
+def _fits(method: Method, piece: Piece) -> str | None:
+    said = text_only("hidden states and the most probable tokens of a language model")(method, piece)
+    track = next(t for t in method.tracks if any(p is piece for p in t.pieces))
+    try:
+        modelled(track.update, piece.options["optimizer"])
+    except MethodError as unknown:
+        return said or str(unknown)
+    return said
+
+
 @piece("select", at="update", reads=("advantage", "action", "mask", "keep"), writes=("keep",),
        wants=("logp", "hidden", "topk", "topk_ids"), state={"moments": nothing_learned, "calibration": uncalibrated},
-       validate=_sane)  # fmt: skip
+       validate=_sane, fits=_fits)  # fmt: skip
 def trust_region(
     kit: Kit,
     batch: Batch,
@@ -231,7 +242,8 @@ def capo(
             f"capo has {next(iter(given))}={next(iter(given.values()))}, and both thresholds are given, so nothing is "
             f"calibrated and it would be ignored. Leave it out, or leave out fisher or hessian."
         )
+    # Whoever is given credit is judged.
     region = trust_region(fisher=fisher, hessian=hessian, optimizer=optimizer, symmetric=symmetric,
-                          normalise=normalise, k=k, **given)  # fmt: skip
+                          normalise=normalise, k=k, rows=base.get("credit.rows"), **given)  # fmt: skip
     made = base.then(region, track=base.tracks[0].name)
     return made if per is None else made.swap("surrogate.per", per)

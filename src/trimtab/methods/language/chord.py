@@ -16,6 +16,7 @@ Where the paper's own settings and the released code (Trinity-RFT, `chord_policy
 
 from __future__ import annotations
 
+from trimtab.core.errors import MethodError
 from trimtab.core.method import Method
 from trimtab.core.piece import Schedule
 from trimtab.core.registry import Neutral, method
@@ -62,6 +63,10 @@ def chord(
     importance-sampled SFT) or "none". cutoff: in (0, 1]; tokens above this probability are left alone (phi alone).
     dual: verl's dual clip, 3 in the released code.
     """
+    if not base.has("credit"):
+        raise MethodError(
+            f"chord shows demonstrations beside responses that earn a reward, and {base.name} gives no credit for any"
+        )
     made = base.wrap("collect", with_experts(source=text_experts(file=experts), share=share))
     track = made.tracks[0]
     for p in track.of("loss"):

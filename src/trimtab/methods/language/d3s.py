@@ -22,9 +22,8 @@ from trimtab.core.method import Method
 from trimtab.core.piece import Schedule
 from trimtab.core.registry import Neutral, method
 from trimtab.core.schedules import linear
-from trimtab.core.terms import fixed
 from trimtab.methods.language.bases import grpo
-from trimtab.stages.downsample import down_sample, down_sample_groups, entropy_old, over_kept, rows_per_kept
+from trimtab.stages.downsample import down_sample, down_sample_groups, entropy_old, over_kept, over_rows, rows_per_kept
 
 SCOPES = {"batch": down_sample, "group": down_sample_groups}
 ROWS, TOKENS = linear(0.25, 0.75), linear(0.1, 0.5)
@@ -62,6 +61,6 @@ def d3s(
     made = base.then(entropy_old(), SCOPES[scope](share=share, tokens=tokens, rows=rows))
     for name, slot, p in base.places():
         per = p.core.options.get("per") if slot == "surrogate" else None
-        if per in ("row", "row_sum") or isinstance(per, fixed):
+        if over_rows(per):
             made = made.on(name).wrap(slot, over_kept(factor=rows_per_kept()))
     return made

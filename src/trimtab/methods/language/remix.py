@@ -115,6 +115,11 @@ def _fits(base: Method) -> None:
         raise MethodError(
             f"remix has a KL penalty of its own, and {base.name} has one already; give remix(kl=...) alone"
         )
+    if any(p.name == "kept" for p in base.get("collect").stack()):
+        raise MethodError(
+            f"remix replays what is collected, and {base.name} collects what was collected before too (kept), which "
+            f"would then be replayed twice over; use one of the two"
+        )
     parts = places["surrogate"].options if "surrogate" in places else {}
     if parts.get("ratio") is None or parts.get("bound") is None:
         raise MethodError(

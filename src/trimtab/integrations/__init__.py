@@ -1,0 +1,1 @@
+"""trimtab inside other libraries."""
