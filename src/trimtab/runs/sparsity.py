@@ -228,7 +228,7 @@ def _together(updates: list[States], dtype: str, tol: float) -> dict[str, Any]:
         "overlap": shared(first),
         "networks": grouped(lambda name: name.partition("/")[0]),
         "layers": grouped(layer_of),
-        "ends": sparsity(*ends, dtype, tol).total.numbers(),
+        "ends": sparsity(ends[0], ends[1], dtype, tol).total.numbers(),
     }
 
 

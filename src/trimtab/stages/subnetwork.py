@@ -76,7 +76,7 @@ def hash_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of named parameters in float32, so that it does not depend on the precision that holds them."""
     each = []
     for name, p in parameters:
-        content = hashlib.sha256(p.detach().float().cpu().contiguous().numpy())
+        content = hashlib.sha256(p.detach().float().cpu().contiguous().numpy().data)
         each.append(f"{name} {list(p.shape)} {content.hexdigest()}\n")
     return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()[:16]
 
