@@ -15,7 +15,8 @@ from trimtab.claims import aepo, bapo, bnpo, capo, chord, core, d3s, effect, fin
 from trimtab.claims.core import Arm, Claim, Part, Study, above, below, measure, recorded, verdict, within, write
 from trimtab.claims.statistics import ClaimError, Effect
 from trimtab.cli import main
-from trimtab.core.loop import run
+from trimtab.core.batch import Batch
+from trimtab.core.loop import Step, run
 from trimtab.core.method import Method
 from trimtab.core.registry import find, methods
 
@@ -141,6 +142,40 @@ def test_records_of_another_fingerprint_are_measured_again(tmp_path: Path, monke
     monkeypatch.setattr(core, "versions", lambda: {"trimtab": "another"})
     measure(synthetic(above(1.5), log=log), full=True, seeds=2, folder=tmp_path)
     assert len(log) == 12
+
+
+def test_what_another_claim_measured_is_not_measured_again(tmp_path: Path) -> None:
+    log: list[Any] = []
+    first = synthetic(above(1.5), log=log)
+    renamed = Study(
+        {"plain": arm(1.0), "method": arm(3.0), "wider": arm(4.0)},
+        (Part("three is enough", "x", "method", "plain", ("wider",), above(1.5)),),
+        first.full.measure, 2,
+    )  # fmt: skip
+    (row,) = measure(first, full=True, seeds=2, folder=tmp_path)
+    log.clear()
+    (other,) = measure(Claim("bapo", "", renamed, renamed), full=True, folder=tmp_path)
+    assert log == [(4.0, 0), (4.0, 1)], "bounds of 1 and 3 were there under other names"
+    assert other["arms"]["plain"]["values"] == row["arms"]["baseline"]["values"]
+    assert {r.arm for r in recorded(tmp_path / "bapo" / "full.jsonl")} == {"plain", "method", "wider"}
+
+
+def test_records_that_lack_a_number_are_measured_again(tmp_path: Path) -> None:
+    log: list[Any] = []
+    measure(synthetic(above(1.5), log=log), full=True, seeds=2, folder=tmp_path)
+    old = synthetic(above(1.5), log=log).full
+    both = Study(old.arms, (*old.parts, Part("it is there", "y", "method", "baseline", ("control",), above(-1.0))),
+                 lambda method, seed: {**old.measure(method, seed), "y": 1.0}, 2)  # fmt: skip
+    log.clear()
+    rows = measure(Claim("grpo", "", both, both), full=True, folder=tmp_path)
+    assert len(log) == 6
+    assert rows[1]["effect"] == 0.0
+
+
+def test_seconds_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.time, "process_time", iter(range(100)).__next__)
+    (row,) = measure(synthetic(above(1.5)), seeds=2)
+    assert [a["seconds"] for a in row["arms"].values()] == [2.0, 2.0, 2.0]
 
 
 def test_rows_of_the_other_scope_are_kept_in_the_file(tmp_path: Path) -> None:
@@ -287,6 +322,42 @@ def test_the_effect_on_tiny_runs_small(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert len(rows) == len(made.full.parts)
     for row in rows:
         assert all(0 <= v <= 1 for a in row["arms"].values() for v in a["values"])
+
+
+def test_a_drawdown_is_the_deepest_fall_of_means_in_a_row() -> None:
+    assert effect.drawdown([0.0, 0.2, 0.4, 0.6, 0.1, 0.1, 0.9, 0.9], over=2) == pytest.approx(0.4)
+    assert effect.drawdown([0.1, 0.2, 0.3], over=1) == 0.0
+
+
+def test_the_entropy_on_the_way_is_that_where_the_reward_is_reached() -> None:
+    rewards, entropies = [0.0, 0.1, 0.2, 0.3, 0.0, 0.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert effect.entropy_on_the_way(rewards, entropies, goal=0.15, over=2) == pytest.approx(4.5)
+    assert effect.entropy_on_the_way(rewards, entropies, goal=0.9, over=2) == pytest.approx(1.5)
+    assert effect.entropy_on_the_way([0.5], [2.0], over=5) == 2.0
+
+
+def test_hapo_is_measured_by_its_entropy_at_temperature_1() -> None:
+    """Draws of one decision at a temperature of 1.3, weighted as if it were 1, have the policy's entropy."""
+    logits = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    old, hot = logits.log_softmax(0), (logits / 1.3).log_softmax(0)
+    drawn = torch.multinomial(hot.exp(), 200_000, True, generator=torch.Generator().manual_seed(0))[:, None]
+    batch = Batch({"logp_old": old[drawn], "logp_behavior": hot[drawn], "mask": torch.ones_like(drawn).bool()})
+    exact = float(-(old.exp() * old).sum())
+    assert hapo.untempered_entropy(Step(1, batch, {}, None)) == pytest.approx(exact, abs=0.005)  # type: ignore[arg-type]
+    assert abs(float(-batch.logp_behavior.mean()) - exact) > 0.05
+
+
+def test_remix_and_its_control_differ_in_the_clip_alone() -> None:
+    ours, control = (remix.tiny_arm(name).make(0) for name in ("remix", "remix, clip at 1"))
+    for one, other in zip(ours.phases, control.phases, strict=True):
+        assert (one.name, one.until, one.enter) == (other.name, other.until, other.enter)
+        assert one.method.passes == other.method.passes
+        assert one.method.copies == other.method.copies
+        mine, theirs = one.method.flatten(full=True), other.method.flatten(full=True)
+        differing = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
+        assert all(k.startswith("recentred(") for k in differing)
+        assert bool(differing) == (one.name == "mix")
+        assert mine["collect.prompts"] == (19 if one.name == "mix" else 32)
 
 
 def effect_at_nano(seed: int) -> tuple[Any, Any]:

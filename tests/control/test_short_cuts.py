@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from trimtab.core.batch import Batch
-from trimtab.core.closure import Closure
+from trimtab.core.closure import Closure, Gradient
 from trimtab.core.loop import run
 from trimtab.core.registry import find
 from trimtab.methods.cases import case
-from trimtab.stages.update import _fused
+from trimtab.stages.update import _fused, descend
 
 
 @pytest.mark.parametrize("world", ["steps", "choices"])
@@ -127,3 +127,15 @@ def test_picked_rows_are_taken_rows() -> None:
     assert picked.same("one") == 1
     assert more.put(one=torch.zeros(3, 2)).same("one") == 0
     assert len(batch.pick(torch.tensor([True, False, True, False, False, False]))) == 2
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_is_the_same_gradient() -> None:
+    settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(3, 2))] for _ in range(2))
+    a, b = (torch.optim.AdamW(p, fused=True, **settings) for p in (ours, theirs))  # type: ignore[arg-type]
+    for _ in range(3):
+        grad = torch.randn(2, 3, generator=g).t()
+        for parameters, optimizer, one in ((ours, a, grad), (theirs, b, grad.contiguous())):
+            descend(optimizer, list(parameters), Gradient(torch.zeros(()), {"w": one}, {}), None, settings)
+    assert torch.equal(ours[0], theirs[0])

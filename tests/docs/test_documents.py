@@ -33,7 +33,7 @@ def test_the_readme_shows_the_two_commands_first() -> None:
 
 def test_python_of_the_readme_runs_on_the_smallest_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, change = blocks("README.md", "python")
+    loop, change, inside = blocks("README.md", "python")
     small = re.sub(r'"reasoning-gym:[^"]*"', '"toy:sum(limit=5)"', loop.replace('"smollm2"', '"nano"'))
     small = small.replace("until=60", "until=2").replace("% 20", "% 2").replace('"grpo(clip_high=0.28)"', '"grpo"')
     names: dict[str, Any] = {}
@@ -42,6 +42,9 @@ def test_python_of_the_readme_runs_on_the_smallest_policy(tmp_path: Path, monkey
     assert list((tmp_path / "checkpoints").glob("turn-*"))
     exec(compile(change, "README.md", "exec"), names)
     assert parse("grpo(clip_high=0.28)").get("surrogate.bound.high") == 0.28
+    compile(inside, "README.md", "exec")  # tests/integrations runs it
+    (asked,) = re.findall(r'method="([^"]+)"', inside)
+    parse(asked)
 
 
 def test_commands_of_the_readme_are_understood() -> None:

@@ -99,8 +99,14 @@ def test_a_clear_difference_is_a_sentence_and_notes_are_said_once() -> None:
     scores = {t: {"a": [1.0, 2.0, 3.0], "b": [7.0, 8.0, 9.0]} for t in ("hop", "run")}
     both = {"hop": ["few", "odd"], "run": ["few"]}
     made = across("a", ["a", "b"], found(scores, {"hop": 0.0, "run": 0.0}, both), {"hop": (0, 1), "run": (0, 1)})
-    assert made["conclusions"] == [
+    (said,) = made["conclusions"]
+    assert said.startswith(
         "b is better than a on these tasks: a run of it ends above one of a with a chance of 100% [100, 100] over 2 "
-        "tasks and 3 seeds."
-    ]
+        "tasks and 3 seeds, as far from 50% as luck alone brings it in 0."
+    )
+    assert made["aggregate"][1]["improvement"]["luck"] == pytest.approx(2 / 400, abs=0.003)
+    few = {t: {arm: mine[:2] for arm, mine in arms.items()} for t, arms in scores.items()}
+    made_of_few = across("a", ["a", "b"], found(few, {"hop": 0.0, "run": 0.0}), {"hop": (0, 1), "run": (0, 1)})
+    (said,) = made_of_few["conclusions"]  # the interval has no width, and luck does it 1 time in 18
+    assert said.startswith("No difference between b and a could be shown on these tasks: a run of it ends above")
     assert made["notes"] == ["few", "hop: odd"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trimtab.report.paired import PRIMARY, Run, compared
-from trimtab.report.reliable import ReliableError, improvement, improvement_interval, iqm, iqm_interval
+from trimtab.report.reliable import ReliableError, improvement, improvement_interval, iqm, iqm_interval, luck
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
@@ -45,6 +45,15 @@ def test_the_bootstrap_covers_about_as_often_as_it_says() -> None:
         _, low, high = iqm_interval(rng.normal(size=20), seed=k)
         held += low <= 0 <= high
     assert 85 <= held <= 100
+
+
+def test_luck_is_counted_by_dealing_seeds_anew_within_tasks() -> None:
+    apart = [[5.0, 50.0], [6.0, 60.0]], [[1.0, 10.0], [2.0, 20.0]]
+    assert luck(*apart) == pytest.approx(2 / 36, abs=0.01)  # 1/6 a task, both the same way
+    three = [[5.0], [6.0], [7.0]], [[1.0], [2.0], [3.0]]
+    assert luck(*three) == pytest.approx(2 / 20, abs=0.015)
+    assert luck(*three) == luck(*reversed(three))
+    assert luck([1.0, 2.0], [1.0, 2.0]) == 1.0
 
 
 def test_scores_that_have_no_summary_are_refused() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from trimtab.core.batch import Batch
 from trimtab.core.method import Method
 from trimtab.core.registry import parse
 from trimtab.runs import plan as planning
@@ -111,3 +114,15 @@ def test_a_plan_of_the_smallest_policy(expression: str, more: dict[str, Any]) ->
     assert found["peak_bytes"] > 5e7
     assert "4 evaluations and 3 checkpoints" in found["assumed"][-1]
     assert ("annotate/evaluate" in found["phases"]) == ("kl" in expression)
+
+
+@pytest.mark.parametrize(("expression", "asked"), [("grpo", True), ("bapo", False)])
+def test_a_plan_knows_what_the_policy_reads_at_once(expression: str, asked: bool, tmp_path: Path) -> None:
+    """Where the rows of a turn are read in parts; bapo has read all of them already, for its bounds."""
+    request = Request(expression, "nano", ENV, str(tmp_path), set=SMALL)
+    made = planning.build(request)
+    turn = planning.calibrated(made)[1][-1]
+    batch = Batch({"mask": torch.ones(1, 3), "prompt_mask": torch.ones(1, 5)})
+    most = made.models["policy"].rows_at_once(batch)  # type: ignore[operator]
+    assert (turn.at_once is not None) == asked
+    assert not asked or turn.at_once >= most, "responses of 3 tokens at most"  # type: ignore[operator]

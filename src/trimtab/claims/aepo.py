@@ -114,7 +114,7 @@ PARTS = (
 DECISIONS = 150_000
 
 
-def tiny_arm(name: str, what: str, **options: Any) -> Arm:
+def tiny_arm(what: str, **options: Any) -> Arm:
     return Arm(what, lambda seed: for_tiny(find("aepo")(**options) if options else find("grpo")()))
 
 
@@ -125,11 +125,11 @@ CLAIM = Claim(
     mechanism=Study(arms={name: toy_arm(name) for name in WHAT}, parts=PARTS, measure=mechanism, seeds=8),
     full=Study(
         arms={
-            "grpo": tiny_arm("grpo", "GRPO, one update a batch"),
-            "aepo 0.2": tiny_arm("aepo 0.2", "AEPO, target 0.2 nats a token", target=0.2),
-            "aepo 0.6": tiny_arm("aepo 0.6", "AEPO, target 0.6 nats a token", target=0.6),
-            "temperature 1": tiny_arm("temperature 1", "as AEPO with target 0.6, its re-rolls at temperature 1",
-                                      target=0.6, high=1.0, low=1.0),
+            "grpo": tiny_arm("GRPO, one update a batch"),
+            "aepo 0.2": tiny_arm("AEPO, target 0.2 nats a token", target=0.2),
+            "aepo 0.6": tiny_arm("AEPO, target 0.6 nats a token", target=0.6),
+            "temperature 1": tiny_arm("as AEPO with target 0.6, its re-rolls at temperature 1", target=0.6, high=1.0,
+                                      low=1.0),
         },
         parts=(
             Part("with the target 0.6, tiny's entropy ends above GRPO's", "entropy", "aepo 0.6", "grpo",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.claims.core import Arm, Claim, Part, Study, above, below
-from trimtab.claims.effect import LARGER, for_tiny, on_tiny
+from trimtab.claims.effect import LARGER, SMALL, for_tiny, on_tiny
 from trimtab.claims.toys import Toy, ToyPolicy, toy_rollouts
 from trimtab.core.batch import Batch
 from trimtab.core.kit import Kit
@@ -180,23 +180,33 @@ PARTS = (
 
 # -- on a language model: the demonstrations are the environment's own answers --------------------------------------
 
-DECISIONS = 150_000
+DECISIONS = 100_000  # about 52 turns of 512 rows; a fifth of CHORD's rows are demonstrations, 128 a turn
+
+
+def tiny_sft_then_rl() -> Method:
+    sft = find("sft")(lr=SMALL["update.lr"], prompts=128)
+    return phased("sft, then grpo", [Phase("sft", sft, {"turns": 50}), Phase("grpo", for_tiny(find("grpo")()), {})])
+
+
 TINY: dict[str, tuple[str, Callable[[], Method]]] = {
-    "grpo": ("GRPO, one update a batch", lambda: find("grpo")()),
-    "mu 0.1": ("mu 0.1 throughout, no phi", lambda: find("chord")(weight="none")),
-    "chord-mu": ("CHORD-mu: mu from 0.9 to 0.05 over 50 batches, no phi", lambda: find("chord")(
-        mu=warmup_cosine(0, 50, 0.9, 0.05, by="turns"), weight="none")),
-    "chord-phi": ("CHORD-phi: mu 0.1, tokens weighted by p (1 - p)", lambda: find("chord")()),
+    "grpo": ("GRPO, no demonstrations, one update a batch", lambda: for_tiny(find("grpo")())),
+    "sft then grpo": ("50 batches of 128 demonstrations, about as many as CHORD sees, then GRPO", tiny_sft_then_rl),
+    "chord-mu": ("CHORD-mu: mu from 0.9 to 0.05 over 40 batches, no phi", lambda: for_tiny(find("chord")(
+        mu=warmup_cosine(0, 40, 0.9, 0.05, by="turns"), weight="none"))),
+    "mu 0.1": ("mu 0.1 throughout, no phi", lambda: for_tiny(find("chord")(weight="none"))),
+    "mu 0.025": ("mu 0.025 throughout, no phi: as much as phi ever leaves of 0.1", lambda: for_tiny(find("chord")(
+        mu=0.025, weight="none"))),
+    "chord-phi": ("CHORD-phi: mu 0.1, tokens weighted by p (1 - p)", lambda: for_tiny(find("chord")())),
 }  # fmt: skip
 
 
 def tiny_arm(name: str) -> Arm:
     what, build = TINY[name]
-    return Arm(what, lambda seed: for_tiny(build()))
+    return Arm(what, lambda seed: build())
 
 
-def on_tiny_part(says: str, metric: str, method: str, baseline: str) -> Part:
-    return Part(says, metric, method, baseline, tuple(n for n in TINY if n not in (method, baseline)), above(0.0))
+def on_tiny_part(says: str, metric: str, method: str, baseline: str, *controls: str) -> Part:
+    return Part(says, metric, method, baseline, controls, above(0.0))
 
 
 def toy_arm(name: str) -> Arm:
@@ -213,11 +223,16 @@ CLAIM = Claim(
         arms={name: tiny_arm(name) for name in TINY},
         parts=(
             on_tiny_part("tiny's held-out greedy accuracy ends above GRPO's with CHORD-phi", "accuracy", "chord-phi",
+                         "grpo", "mu 0.1", "mu 0.025"),
+            on_tiny_part("it ends above GRPO's with CHORD-mu", "accuracy", "chord-mu", "grpo", "mu 0.1"),
+            on_tiny_part("with CHORD-mu it ends above imitation first, then RL", "accuracy", "chord-mu",
+                         "sft then grpo", "grpo"),
+            on_tiny_part("with CHORD-phi it ends above the same mu without phi", "accuracy", "chord-phi", "mu 0.1",
                          "grpo"),
-            on_tiny_part("tiny's held-out greedy accuracy ends above GRPO's with CHORD-mu", "accuracy", "chord-mu",
-                         "grpo"),
-            on_tiny_part("it ends above that of the same mu without phi", "accuracy", "chord-phi", "mu 0.1"),
-            on_tiny_part("tiny's training reward ends above GRPO's with CHORD-phi", "reward", "chord-phi", "grpo"),
+            on_tiny_part("phi is more than a smaller mu: it ends above mu 0.025 without phi", "accuracy", "chord-phi",
+                         "mu 0.025", "grpo"),
+            on_tiny_part("tiny's training reward ends above GRPO's with CHORD-phi", "reward", "chord-phi", "grpo",
+                         "mu 0.1", "mu 0.025"),
         ),
         measure=on_tiny(DECISIONS),
         seeds=5,

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Record:
-    """One arm with one seed, measured: a line of `runs/claims/NAME/full.jsonl`."""
+    """One arm with one seed, measured: a line of `runs/claims/NAME/full.jsonl`. seconds: of the processor."""
 
     arm: str
     seed: int
@@ -150,7 +150,8 @@ def measure(
 
     seeds: how many, 0, 1, ... (default: the study's). full: the effect on a small language model instead of the
     mechanism; its records go to `folder/NAME/full.jsonl` as they are made, and those that are there already under the
-    same fingerprint (method, settings, versions) are not measured again. say: is told each arm and seed.
+    same fingerprint (method, settings, versions), or in another claim's file, are not measured again. say: is told each
+    arm and seed.
     Raises `ClaimError` for fewer than 2 seeds.
     """
     study = claim.full if full else claim.mechanism
@@ -238,14 +239,14 @@ def _measured(study: Study, seeds: int, say: Callable[[str], None]) -> list[Reco
 
 
 def _one(study: Study, name: str, seed: int, say: Callable[[str], None]) -> Record:
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         method = study.arms[name].make(seed)
         values = {k: float(v) for k, v in study.measure(method, seed).items()}
     except TrimtabError as error:
         error.add_note(f"This was the arm {name!r} with seed {seed}.")
         raise
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
     say(f"{name}, seed {seed}: {numbers} ({seconds:.1f} s)")
     return Record(name, seed, fingerprint(study, method), values, seconds)
@@ -259,17 +260,23 @@ def _resumed(claim: Claim, study: Study, seeds: int, say: Callable[[str], None],
     lock.acquire()
     try:
         path = place / "full.jsonl"
-        kept = {(r.arm, r.seed, r.fingerprint): r for r in recorded(path)}
+        wanted = {part.metric for part in study.parts}
+        own = recorded(path)
+        # Claims share arms, such as plain GRPO: what another one has measured under the same fingerprint is the same.
+        every = [*own, *(r for other in sorted(folder.glob("*/full.jsonl")) if other != path for r in recorded(other))]
+        kept = {(r.seed, r.fingerprint): r for r in reversed(every) if wanted <= set(r.values)}
         made: list[Record] = []
         for seed in range(seeds):
             for name in study.used():
-                key = (name, seed, fingerprint(study, study.arms[name].make(seed)))
-                if key in kept:
+                found = kept.get((seed, fingerprint(study, study.arms[name].make(seed))))
+                if found is not None:
                     say(f"{name}, seed {seed}: measured before, kept")
-                    made.append(kept[key])
-                    continue
-                made.append(_one(study, name, seed, say))
-                _append(path, made[-1])
+                    record = replace(found, arm=name)
+                else:
+                    record = _one(study, name, seed, say)
+                if record not in own:
+                    _append(path, record)
+                made.append(record)
         return made
     finally:
         lock.release()

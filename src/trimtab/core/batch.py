@@ -129,11 +129,17 @@ class Batch(Mapping[str, Column]):
         """The one value that a column holds everywhere, or None; asked of a batch once, and known of rows of it."""
         if name not in self._known:
             column = self.columns.get(name)
+            if name == "keep" and column is self.columns.get("mask"):
+                return self.same("mask")
             if not isinstance(column, Tensor) or not column.numel():
                 return None
             first = column.flatten()[0]
             self._known[name] = first.item() if bool((column == first).all()) else None
         return self._known[name]
+
+    def knowing(self, **values: Any) -> Batch:
+        """The same batch, told the one value that each of these columns holds, so that `same` need not look."""
+        return Batch._sound(self.columns, self.guard, {**self._known, **values})
 
     @property
     def decisions(self) -> int:
@@ -156,6 +162,11 @@ class Batch(Mapping[str, Column]):
         if isinstance(mine, Picked):
             return Batch._sound(Picked(mine.source, mine.rows, {**mine.own, **columns}), self.guard, known)
         return Batch._sound({**mine, **columns}, self.guard, known)
+
+    def beside(self, **columns: Column) -> Batch:
+        """Other columns of the same decisions: their `mask` comes along, with what is known of it."""
+        known = {"mask": self._known["mask"]} if "mask" in self._known else {}
+        return Batch._sound({**columns, "mask": self["mask"]}, None, known)
 
     def take(self, rows: Tensor) -> Batch:
         """The rows of a long index `[n]` or a bool mask `[N]`, in that order."""

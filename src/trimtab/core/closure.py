@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, NonFiniteError
 from trimtab.core.kit import Kit
+from trimtab.core.leaves import parameters_of
 from trimtab.core.method import Track
 from trimtab.core.piece import Piece
-from trimtab.core.stopwatch import count_rows, phase, timed
+from trimtab.core.stopwatch import count, count_rows, phase, timed
 from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, weights
 
 Params = Mapping[str, Tensor]
@@ -36,9 +37,11 @@ class Gradient:
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
         grads = list(self.grads.values())
-        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL and all(g.is_cpu for g in grads):
+        if not all(g.is_cpu and g.dtype == grads[0].dtype for g in grads):
+            return torch.nn.utils.get_total_norm(grads)
+        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL:
             return torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))  # quicker
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # what get_total_norm comes to
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Closure:
     def params(self) -> dict[str, Tensor]:
         """The trained parameters, by name."""
         if self._replaced:
-            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            return {n: p for n, p in parameters_of(self.model).items() if p.requires_grad}
         return dict(self.kit.trained(self.track.trains))
 
     def __call__(
@@ -93,7 +96,7 @@ class Closure:
         weighed: dict[str, Tensor] = {}  # of metrics: the weight of the decisions that were looked at
         with self._at(params) as at:
             mine = list(at.values())
-            loss = mine[0].new_zeros(())
+            loss: Tensor | None = None
             self._short = params is None and not create_graph
             grads = [torch.zeros_like(p) for p in mine] if create_graph else []
             for terms in self._micro(where):
@@ -101,7 +104,8 @@ class Closure:
                 values = {name: t.sum() for name, t in terms.items()}
                 totals: dict[int, Tensor] = {}  # metrics of one loss share their weights
                 for name, v in values.items():
-                    sums[name] = sums[name] + v.detach() if name in sums else v.detach()
+                    v = v.detach() if v.requires_grad else v
+                    sums[name] = sums[name] + v if name in sums else v
                     weight = terms[name].weight
                     if terms[name].metric and not is_even(weight):  # a metric of even weights is a mean already
                         total = totals[id(weight)] if id(weight) in totals else weight.sum()
@@ -111,7 +115,8 @@ class Closure:
                 if not added:
                     continue
                 value = sum(added[1:], added[0])
-                loss = loss + (value if create_graph else value.detach())
+                share = value if create_graph else value.detach()
+                loss = share if loss is None else loss + share
                 if not value.requires_grad:  # nothing to learn from these rows
                     continue
                 with phase("backward"):
@@ -126,7 +131,7 @@ class Closure:
             self._short = False
             floor = {id(w): w.clamp_min(1e-30) for w in weighed.values()}
             reported = {n: v / floor[id(weighed[n])] if n in weighed else v for n, v in sums.items()}
-            made = Gradient(loss, dict(zip(at, grads)), reported)
+            made = Gradient(mine[0].new_zeros(()) if loss is None else loss, dict(zip(at, grads)), reported)
         if not create_graph:
             self._finite(made, list(summed))
         return made
@@ -203,7 +208,10 @@ class Closure:
         if self.kit.memory is not None or self._ready is not None or self.kit.is_ahead(self.track.trains):
             return self.kit.memory
         model: Any = self.model
-        return model.rows_at_once(rows) if hasattr(model, "rows_at_once") else None
+        most: int | None = model.rows_at_once(rows) if hasattr(model, "rows_at_once") else None
+        if most is not None:
+            count(asked=1.0, at_once=most)
+        return most
 
     def _live(self, rows: Batch) -> Tensor | None:
         """Rows that can have a gradient, or None for all: a loss may declare where it is exactly zero (`idle`).
@@ -268,7 +276,7 @@ class Closure:
 
     def _version(self) -> int:
         """Changes whenever a trained parameter is written or replaced."""
-        return hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        return hash(tuple((id(p), p._version) for p in parameters_of(self.model).values()))
 
     def _run(self, p: Piece, rows: Batch, now: dict[str, Tensor], chosen: Tensor | None) -> list[Term]:
         """The terms of one loss on the rows it concerns; others may hold nan where they lack a column."""
@@ -333,7 +341,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if math.isfinite(float(made.loss.detach() + made.norm)):
+        if math.isfinite(float((made.loss + made.norm).detach())):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

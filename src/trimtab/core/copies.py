@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy as copying
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError
+from trimtab.core.leaves import buffers_of, parameters_of
 from trimtab.core.piece import Schedule
 
 
@@ -115,6 +117,11 @@ class Kept:
     module: nn.Module
     memory: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def _mine(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Its parameters and buffers: nobody but this copy has the module, so they stay what they are."""
+        return list(parameters_of(self.module).values()), list(buffers_of(self.module).values())
+
     @classmethod
     def of(cls, name: str, rule: Copy, source: nn.Module) -> Kept:
         module = copying.deepcopy(source).requires_grad_(False)
@@ -177,10 +184,10 @@ class Kept:
         """module <- (1 - weight) module + weight source; weight 1 is an exact copy. Buffers are always copied."""
         if source is self.module:
             return
-        mine, theirs = list[Tensor](self.module.parameters()), list[Tensor](source.parameters())
+        (mine, buffers), theirs = self._mine, list[Tensor](parameters_of(source).values())
         if weight == 1.0:
             torch._foreach_copy_(mine, theirs)
         else:
             torch._foreach_lerp_(mine, theirs, weight)
-        for mine_b, theirs_b in zip(self.module.buffers(), source.buffers()):
+        for mine_b, theirs_b in zip(buffers, buffers_of(source).values()) if buffers else ():
             mine_b.copy_(theirs_b)

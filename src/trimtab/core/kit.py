@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch, Guard
 from trimtab.core.errors import MethodError, PurityError, nearest
+from trimtab.core.leaves import parameters_of
 from trimtab.core.piece import Piece
 from trimtab.core.state import Clock, State
 from trimtab.core.stopwatch import count_rows, phase, timed
@@ -78,15 +79,15 @@ class Kit:
         """The same kit, showing this piece's own state."""
         if not piece.state:
             return self
-        other = copy.copy(self)
-        other.state = Own(self._tree.pieces, self.scope, piece)
+        other = object.__new__(Kit)
+        other.__dict__.update(self.__dict__, state=Own(self._tree.pieces, self.scope, piece))
         return other
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """The parameters of a model that are trained, by name; looked up once a turn."""
         if name not in self._trained:
-            named = self.models[name].named_parameters()
-            self._trained[name] = {n: p for n, p in named if p.requires_grad}
+            named = parameters_of(self.models[name])
+            self._trained[name] = {n: p for n, p in named.items() if p.requires_grad}
         return self._trained[name]
 
     def rng(self, name: str) -> torch.Generator:
@@ -118,7 +119,7 @@ class Kit:
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Record a number; several of one turn are averaged. Tensors are read once, at the end of the turn."""
-        self._logs.append((name, value.detach() if isinstance(value, Tensor) else value))
+        self._logs.append((name, value.detach() if isinstance(value, Tensor) and value.requires_grad else value))
 
     def once(self, piece: Piece, compute: Callable[[], Any]) -> Any:
         """The value of an update-scope part: computed while preparing, from all rows of the update; then constant."""
@@ -177,10 +178,9 @@ class Kit:
         model: Any = self.models[name]
         plain = batch.guarded(None)
         count_rows(plain)
-        rows = torch.arange(len(batch)) if unit is None else unit
-        parts = split(rows, self.memory)
-        if len(parts) == 1:
+        if self.memory is None or self.memory >= len(batch):
             return model.evaluate(plain, want)
+        parts = split(torch.arange(len(batch)) if unit is None else unit, self.memory)
         outs = [model.evaluate(plain.take(part), want) for part in parts]
         order = torch.argsort(torch.cat(parts))
         return {k: torch.cat([o[k] for o in outs]).index_select(0, order.to(outs[0][k].device)) for k in outs[0]}
@@ -202,7 +202,7 @@ class Kit:
         with phase("evaluate"), torch.enable_grad():
             count_rows(plain)
             made = model.evaluate(plain, want)
-        self._ahead[name] = ([(p, p._version) for p in model.parameters()], dict(plain.columns), made)
+        self._ahead[name] = ([(p, p._version) for p in parameters_of(model).values()], dict(plain.columns), made)
         return {k: v.detach() for k, v in made.items()}
 
     def is_ahead(self, name: str) -> bool:

@@ -137,13 +137,13 @@ def collected(kit: Kit) -> Batch:
 def updates(state: State, kit: Kit, batch: Batch) -> None:
     """All updates of one batch: passes x parts, each with its shared update-scope pieces, then its tracks."""
     method = kit.method
-    ids = units(batch, _unit(method))
+    ids = None if method.rows is None else units(batch, _unit(method))
     if method.rows is not None:  # what holds for the batch need not be asked of each of its parts
         for name in ("source", "mask", "keep"):
             batch.same(name)
     stopped: set[str] = set()
     for sweep in range(method.passes):
-        parts = split(ids, method.rows, kit.rng("shuffle") if method.rows else None)
+        parts: list[Any] = [None] if ids is None else split(ids, method.rows, kit.rng("shuffle"))
         for i, part in enumerate(parts):
             rows = batch if len(parts) == 1 else batch.pick(part)
             last = sweep == method.passes - 1 and i == len(parts) - 1

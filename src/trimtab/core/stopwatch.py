@@ -144,6 +144,13 @@ def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def count(**amounts: float) -> None:
+    """Add to what is counted in the open phase, if anybody measures."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.count(**amounts)
+
+
 def count_rows(batch: Any) -> None:
     """Say which rows the open phase reads.
 

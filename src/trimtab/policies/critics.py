@@ -17,8 +17,7 @@ from trimtab.policies.layers import ACTIVATIONS, MLP, Inputs
 
 def each(value: Tensor, batch: Batch) -> Tensor:
     """`value` `[N, T, K]` where our policy decided, 0 elsewhere."""
-    mask = batch["mask"]
-    return value if bool(mask.all()) else torch.where(mask[..., None], value, torch.zeros_like(value))
+    return value if batch.same("mask") == 1 else torch.where(batch["mask"][..., None], value, torch.zeros_like(value))
 
 
 class Ensemble(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 MATMULS = ("float32", "bfloat16")  # what the factors of the products between hidden layers are
 SMALLEST, WORK = 9, 2**19  # below, MKL is faster: the smallest of the three sizes, and their product
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
 
 
 class StackedLayer(nn.Module):
@@ -79,6 +80,8 @@ def _plain(x: Tensor, half: bool, held: Sequence[Tensor], activation: Callable[[
 
 
 # -- layers with ReLU between them, as one step of the gradient --------------------------------------------------
+# One layer's numbers are `[R, ...]`, or `[E, R, ...]` where layers are stacked; the first layer of all members is one
+# product, for they read the same.
 
 
 class _Relu(torch.autograd.Function):
@@ -86,72 +89,82 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: bool, *held: Tensor) -> Tensor:
-        made, hidden = _forward(x, half, held)
-        ctx.half, ctx.count = half, len(held)
-        ctx.save_for_backward(x, *held, *hidden)
+        made, hidden, factors = _forward(x, half, held)
+        ctx.half, ctx.cuts = half, (len(held), len(held) + len(hidden))
+        ctx.save_for_backward(x, *held, *hidden, *factors)
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        held, hidden = saved[: ctx.count], saved[ctx.count :]
+        count, end = ctx.cuts
+        held, hidden, factors = saved[:count], saved[count:end], saved[end:]
         into_x, into_held = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         if torch.is_grad_enabled():  # it will be differentiated again: by torch's own products
             of = [x] * into_x + held * into_held
             found = list(torch.autograd.grad(_plain(x, ctx.half, held, torch.relu), of, grads, create_graph=True))
             dx = found.pop(0) if into_x else None
-            return dx, None, *(found or [None] * len(held))
-        stacked, (grad,) = held[0].dim() == 3, grads
-        count = len(held[0]) if stacked else 1
-        each = list(zip(*(p.unbind() for p in held))) if stacked else [tuple(held)]
-        depth = len(held) // 2 - 1
-        made = []
-        for e in range(count):
-            past = [x, *hidden[e * depth : (e + 1) * depth]]
-            made.append(_backward(grad[e] if stacked else grad, past, each[e], ctx.half, into_x, into_held))
-        dx = torch.stack([dx for dx, _ in made if dx is not None]).sum(0) if into_x else None
+            return dx, None, *(found or [None] * count)
+        down, made = _backward(grads[0].contiguous(), hidden, factors, into_held)
+        dx = _product(down, _side_by_side(held)[0].t()) if into_x else None
         if not into_held:
-            return dx, None, *[None] * len(held)
-        return dx, None, *(torch.stack(p) if stacked else p[0] for p in zip(*(found for _, found in made)))
+            return dx, None, *[None] * count
+        weight = _product(x.t(), down.t()).t().contiguous()  # in this order oneDNN takes half the time
+        made = [weight, down.sum(0), *made]
+        return dx, None, *(m.view(p.shape) for m, p in zip(made, held))
 
 
-def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The result, and what the hidden layers gave, member by member."""
-    stacked, last = held[0].dim() == 3, len(held) // 2 - 1
-    members = list(zip(*(p.unbind() for p in held))) if stacked else [tuple(held)]
-    made, hidden = [], []
-    for member in members:
-        y = x
-        for i in range(last + 1):
-            factors = y, member[2 * i], member[2 * i + 1]
-            if half and i > 0:
-                kind = torch.bfloat16 if i < last else torch.float32
-                factors = y.to(kind), factors[1].to(kind), factors[2].to(kind)
-            y = _product(*factors, i < last)
-            if i < last:
-                hidden.append(y)
-        made.append(y)
-    return (torch.stack(made) if stacked else made[0]), hidden
+def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the first layer of all members as one: `[E O, I]` and `[E O]`."""
+    return held[0].flatten(0, -2), held[1].flatten()
+
+
+def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The result; what each layer after the first read, and the weights of those layers, as factors of the products."""
+    last, hidden, factors = len(held) // 2 - 1, [], []
+    y = _product(x, *_side_by_side(held), last > 0)
+    if held[0].dim() == 3:
+        y = y.unflatten(1, (len(held[0]), -1)).transpose(0, 1)
+    for i in range(1, last + 1):
+        weight, bias = held[2 * i : 2 * i + 2]
+        if half and i < last:
+            weight, bias = weight.to(torch.bfloat16), bias.to(torch.bfloat16)
+        y = _in_order(y, weight.dtype)
+        hidden.append(y)
+        factors.append(weight)
+        y = _products(y, weight, bias, i < last)
+    return y.contiguous(), hidden, factors
 
 
 def _backward(
-    grad: Tensor, past: list[Tensor], held: Sequence[Tensor], half: bool, into_x: bool, into_held: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of one member's input, and of its weights and biases; past: what each layer read."""
-    found: list[Tensor] = []
-    last, grad = len(past) - 1, grad.contiguous()
-    for i in range(last, -1, -1):
-        read, weight = past[i], held[2 * i]
-        if half:
-            kind = torch.bfloat16 if 0 < i < last else torch.float32
-            grad, read, weight = grad.to(kind), read.to(kind), weight.to(kind)
+    grad: Tensor, hidden: list[Tensor], factors: list[Tensor], into_held: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of what the first layer gives, of all members `[R, E O]`, and of all later weights and biases."""
+    made: list[Tensor] = []
+    for read, weight in zip(reversed(hidden), reversed(factors)):
+        grad = grad.to(weight.dtype)
         if into_held:
-            found = [_product(grad.t(), read.t()).float(), grad.sum(0, dtype=torch.float32), *found]
-        if i or into_x:
-            grad = _product(grad, weight.t())
-        if i:
-            grad = torch.ops.aten.threshold_backward(grad, read, 0)
-    return (grad if into_x else None), found
+            made = [_products(grad.mT, read.mT).float(), grad.sum(-2, dtype=torch.float32), *made]
+        grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
+    return _in_order(grad.movedim(-2, 0), torch.float32).flatten(1), made
+
+
+def _in_order(x: Tensor, kind: torch.dtype) -> Tensor:
+    """`x` of this type and without gaps or turned axes (see `_product`), in one pass."""
+    return x.contiguous() if x.dtype == kind else x.to(kind, memory_format=torch.contiguous_format)
+
+
+def _products(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """`_product`, of each member where there are some: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`."""
+    if bias is None and a.shape[-1] == 1:
+        return a * b.mT
+    if a.dim() == 2:
+        return _product(a, b, bias, relu)
+    if a.dtype == torch.bfloat16 or not _worth(a.shape[1], a.shape[2], b.shape[1]):
+        made = torch.bmm(a, b.mT) if bias is None else torch.baddbmm(bias[:, None], a, b.mT)
+        return made.relu_() if relu else made
+    biases = [None] * len(a) if bias is None else bias.unbind()
+    return torch.stack([_product(*one, relu) for one in zip(a.unbind(), b.unbind(), biases)])
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -163,7 +176,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = Fals
     if a.dtype == torch.bfloat16 and bias is None:
         return a @ b.t()
     if a.dtype == torch.bfloat16 or _worth(a.shape[0], a.shape[1], b.shape[0]):
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
+        made: Tensor = _LINEAR(a, b, bias, "relu" if relu else "none", [], "")
         return made
     made = F.linear(a, b, bias)
     return made.relu_() if relu else made

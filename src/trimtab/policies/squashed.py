@@ -19,7 +19,10 @@ SPREADS = {"tanh": (-5.0, 2.0), "clamp": (-20.0, 2.0)}  # how log sigma is kept 
 
 
 class Bounds(nn.Module):
-    """A box, as half width `c` and middle `b`, both `[A]`: `a = c y + b` for y in [-1, 1]."""
+    """A box, as half width `c` and middle `b`, both `[A]`: `a = c y + b` for y in [-1, 1].
+
+    level: `sum_j log(4 sqrt(2 pi) c_j)`, the part of a squashed Gaussian's log-density that is the same everywhere.
+    """
 
     reach: Tensor
     middle: Tensor
@@ -29,6 +32,7 @@ class Bounds(nn.Module):
         self.register_buffer("reach", (high - low) / 2, persistent=False)
         self.register_buffer("middle", (high + low) / 2, persistent=False)
         self.unit = bool((self.reach == 1).all() and (self.middle == 0).all())
+        self.level = float((LOG_SQRT_2PI + 2 * math.log(2) + self.reach.double().log()).sum())
 
     def outer(self, y: Tensor) -> Tensor:
         return y if self.unit else self.reach * y + self.middle
@@ -65,11 +69,13 @@ class SquashedGaussian(nn.Module):
         return mean, torch.add(low + 0.5 * (high - low), log_std.tanh(), alpha=0.5 * (high - low))
 
     def density(self, u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
-        """The log-density of `c tanh(u) + b`, `[...]`; noise: `(u - mu) / sigma`."""
-        change = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        if not self.bounds.unit:
-            change = change + self.bounds.reach.log()
-        return (-0.5 * noise.square() - log_std - LOG_SQRT_2PI - change).sum(-1)
+        """The log-density of `c tanh(u) + b`, `[...]`; noise: `(u - mu) / sigma`.
+
+        `-sum_j (noise_j^2 / 2 + log sigma_j - 2 (u_j + softplus(-2 u_j)))`, and what depends on the box alone.
+        """
+        each = torch.addcmul(log_std, noise, noise, value=0.5)
+        each = torch.sub(each, u + F.softplus(-2 * u), alpha=2)
+        return -each.sum(-1) - self.bounds.level
 
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         mean, log_std = self.moments(batch["obs"])

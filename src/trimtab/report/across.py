@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.report.intervals import paired_interval
 from trimtab.report.paired import PRIMARY
-from trimtab.report.reliable import improvement_interval, iqm_interval
+from trimtab.report.reliable import improvement_interval, iqm_interval, luck
 from trimtab.report.words import count, interval, number, percent
 
 Found = Mapping[str, Any]
@@ -91,7 +91,8 @@ def _row(
         }
     if arm != base and scores[base]:
         value, low, high = improvement_interval(scores[arm], scores[base])
-        row["improvement"] = {"value": value, "low": _known(low), "high": _known(high)}
+        p = luck(scores[arm], scores[base])
+        row["improvement"] = {"value": value, "low": _known(low), "high": _known(high), "luck": p}
     return row
 
 
@@ -136,7 +137,8 @@ def _conclusion(base: str, arm: str, rows: Sequence[Mapping[str, Any]], tasks: i
     said = f"a run of it ends above one of {base} with a chance of {chance(mine)} over {over}"
     if found["low"] is None:
         return f"Nothing can be concluded about {arm} against {base} from one seed; {said}."
-    if found["low"] > 0.5 or found["high"] < 0.5:
+    said += f", as far from 50% as luck alone brings it in {percent(found['luck'])} of such comparisons"
+    if found["luck"] < 0.05 and (found["low"] > 0.5 or found["high"] < 0.5):
         return f"{arm} is {'better' if found['low'] > 0.5 else 'worse'} than {base} on these tasks: {said}."
     return f"No difference between {arm} and {base} could be shown on these tasks: {said}."
 

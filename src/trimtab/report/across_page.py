@@ -186,6 +186,12 @@ def _guide(made: Made) -> str:
             "A bootstrap that draws seeds anew within each task: they hold for new seeds on these tasks, not for other "
             "tasks. With few seeds they are rough, and too narrow more often than not.",
         ),
+        (
+            "Better or worse",
+            "Said where the interval of the chance leaves out 50% and luck alone would bring it as far from there in "
+            "less than 1 of 20 comparisons (seeds dealt anew to both sides within each task): where two arms do not "
+            "overlap, an interval from two seeds has no width.",
+        ),
     )
     cells = "".join(f"<div><dt>{clean(term)}</dt><dd>{clean(text)}</dd></div>" for term, text in entries)
     return f'<div class="box"><dl class="guide">{cells}</dl></div>'

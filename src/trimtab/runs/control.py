@@ -48,6 +48,19 @@ class ControlExperiment:
             state.pieces[f"/{MOMENTS}"].load_state_dict(moments)
         return state
 
+    def notes(self) -> list[str]:
+        """With what its networks begin, and whether the budget ends before anything is learned."""
+        said = [self.start.said(self.method)] if self.start is not None else []
+        now, most = self.method.phases[0].method if self.method.phases else self.method, self.request.budget
+        warmup = now.get("collect.warmup") if now.has("collect.warmup") else 0
+        if most.get("decisions", warmup + 1) <= warmup:
+            said.append(
+                f"The first turn makes {warmup:,} decisions before anything is learned (collect.warmup), and "
+                f"--decisions {most['decisions']} end with it: this run makes one update. Ask for more, or for a "
+                f"shorter warm-up: --set collect.warmup=N --set uniform_first.decisions=N"
+            )
+        return said
+
     def keep(self, folder: Path) -> None:
         """A copy of what it begins with, as `START` of a new run folder: the run goes on without the earlier one."""
         kept = folder / START

@@ -77,11 +77,9 @@ def train(request: Request, *, mode: str = "auto") -> dict[str, Any]:
         needs_tensorboard()
     made = build(settle(request))
     state = made.begin()
-    described = config(made)
-    folder = RunFolder(request.out).create(described)
+    folder = RunFolder(request.out).create(config(made))
     made.keep(folder.path)
-    said = described["policy"].get("start", {}).get("said")
-    return _guarded(made, state, folder, Tally(), mode, notes=[said] if said else [])
+    return _guarded(made, state, folder, Tally(), mode, notes=made.notes())
 
 
 def resume(

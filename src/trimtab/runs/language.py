@@ -50,6 +50,9 @@ class LanguageExperiment:
     def begin(self) -> State:
         return begin(self.method, self.environment, self.models, seed=self.request.seed)
 
+    def notes(self) -> list[str]:
+        return []
+
     def keep(self, folder: Path) -> None:
         """A policy is read from where it was read before."""
 

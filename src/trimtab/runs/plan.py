@@ -55,13 +55,15 @@ class Turn:
     """What one turn took. sizes: problems, rows, decisions, width (longest response), updates, batches (collects).
 
     spent: `(amounts, seconds)` of every phase by path. read: share of rows x passes that a loss read. peaks: bytes
-    while collecting and while learning, 0 where not known.
+    while collecting and while learning, 0 where not known. at_once: rows that the policy wants to read together, where
+    it was asked.
     """
 
     sizes: dict[str, float]
     spent: dict[Path_, tuple[dict[str, float], float]]
     read: float
     peaks: dict[str, int]
+    at_once: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -99,13 +101,14 @@ def _planned(made: Experiment) -> dict[str, Any]:
     sizes = scaled(turns, whole, method)
     if request.decisions is not None and not sizes["decisions"]:
         raise MethodError(f"{method.name} makes no decisions, so decisions={request.decisions} would never end it")
-    phases = predicted(turns, sizes, method, request.memory)
+    memory = request.memory or turns[-1].at_once
+    phases = predicted(turns, sizes, method, memory)
     each = sum(phases.values())
     ((unit, most),) = request.budget.items()
     budget = most if unit == "turns" else math.ceil(most / sizes["decisions"])
     evaluations, saves = 1 + request.evaluations.count(budget), request.saves.count(budget)
     seconds = {"training": each * budget, "evaluation": evaluating * evaluations, "checkpoints": saving * saves}
-    peaks = peak(turns, sizes, method, request.memory)
+    peaks = peak(turns, sizes, method, memory)
     seen = max((size for t in turns for size in t.peaks.values()), default=0)  # a batch is no smaller than its parts
     highest = max(*peaks.values(), seen, evaluation_peak, save_peak)
     size, model = checkpoint_bytes(state), sum(t.nbytes for m in made.models.values() for t in m.state_dict().values())
@@ -122,7 +125,7 @@ def _planned(made: Experiment) -> dict[str, Any]:
         "disk_bytes": size * min(saves, request.keep + 1) + model,
         "sizes": sizes,
         "assumed": _assumed(turns, sizes, whole, evaluations, saves),
-        "notes": _room(turns, sizes, method, request.memory, highest),
+        "notes": _room(turns, sizes, method, memory, highest),
         "calibration": {
             "seconds": time.perf_counter() - started,
             "turns": [{**t.sizes, "seconds": t.seconds, "peaks": t.peaks} for t in turns],
@@ -177,8 +180,9 @@ def measured(made: Experiment, state: State, path: str, size: int) -> Turn:
 
 def turn_of(span: Span, sizes: dict[str, float], method: Method) -> Turn:
     """A measured turn from the span of its watch."""
-    spent, read = {}, 0.0
+    spent, read, asked, at_once = {}, 0.0, 0.0, 0.0
     for path, part in span.walk():
+        asked, at_once = asked + part.counts.get("asked", 0.0), at_once + part.counts.get("at_once", 0.0)
         if path[-1:] == ("forward",):
             read += part.counts.get("rows", 0.0)
         own = part.seconds - sum(p.seconds for p in part.parts.values())
@@ -187,7 +191,7 @@ def turn_of(span: Span, sizes: dict[str, float], method: Method) -> Turn:
         amounts = _amounts(name, sizes, method, part.calls, twin.counts.get("read", 0.0))
         spent[name] = (amounts, own)
     peaks: dict[str, int] = {name: span.parts[name].peak for name in ("collect", "update") if name in span.parts}
-    return Turn(sizes, spent, read / (sizes["rows"] * method.passes), peaks)
+    return Turn(sizes, spent, read / (sizes["rows"] * method.passes), peaks, at_once / asked if asked else None)
 
 
 def span_at(span: Span, path: Path_) -> Span:
@@ -231,7 +235,7 @@ def scaled(turns: Sequence[Turn], whole: int, method: Method) -> dict[str, float
 
 
 def predicted(
-    turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: int | None
+    turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: float | None
 ) -> dict[Path_, float]:
     """Seconds of every phase of a turn of these sizes, by the prices fitted to the measured turns."""
     live = statistics.fmean(t.read for t in turns)
@@ -261,7 +265,7 @@ def read_by(rows: float, sizes: Mapping[str, float], shuffled: bool) -> float:
     return rows * sizes["width"] + min(prompts, rows) * sizes["prompt"]
 
 
-def peak(turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: int | None) -> dict[str, float]:
+def peak(turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: float | None) -> dict[str, float]:
     """Peak bytes while collecting and while learning, on a whole batch."""
     made = {}
     for name in ("collect", "update"):
@@ -271,14 +275,14 @@ def peak(turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memo
     return made or {"turn": 0.0}
 
 
-def _memory_price(turns: Sequence[Turn], name: str, method: Method, memory: int | None) -> dict[str, float]:
+def _memory_price(turns: Sequence[Turn], name: str, method: Method, memory: float | None) -> dict[str, float]:
     seen: list[tuple[Amounts, float]] = [
         ({"base": 1.0, "held": held(name, t.sizes, method, memory, t.read)}, t.peaks[name]) for t in turns
     ]
     return prices(seen)
 
 
-def held(name: str, sizes: Mapping[str, float], method: Method, memory: int | None, read: float = 1.0) -> float:
+def held(name: str, sizes: Mapping[str, float], method: Method, memory: float | None, read: float = 1.0) -> float:
     """Rows in memory at once: of one part of the sampling, or of one forward and backward pass."""
     if name == "collect":
         return min(sizes["rows"], ROWS_AT_ONCE)
@@ -307,7 +311,7 @@ _NOTHING = (
 
 
 def _room(
-    turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: int | None, highest: float
+    turns: Sequence[Turn], sizes: Mapping[str, float], method: Method, memory: float | None, highest: float
 ) -> list[str]:
     """Sentences: when nothing was learned from, and when the run may not fit into memory, with the rows that would."""
     made = [] if any(t.read for t in turns) else [_NOTHING]

@@ -80,6 +80,10 @@ class Experiment(Protocol):
         """The state before the first turn, with everything that the policy was given."""
         ...
 
+    def notes(self) -> list[str]:
+        """Sentences that a user should read when the run begins."""
+        ...
+
     def keep(self, folder: Path) -> None:
         """Put into a new run folder what the run could not be built again without."""
         ...

@@ -24,13 +24,13 @@ SAMPLED = frozenset({"sample", "sample_logp"})
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as a constant: gradients go through it, not into its parameters, and none is computed for them."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+def held(kit: Kit, name: str) -> Iterator[nn.Module]:
+    """A model as a constant: gradients go through it, not into its parameters, and none is computed for them."""
+    learning = kit.trained(name).values()
     for p in learning:
         p.requires_grad_(False)
     try:
-        yield model
+        yield kit.models[name]
     finally:
         for p in learning:
             p.requires_grad_(True)
@@ -76,7 +76,7 @@ def smoothed_target(
     `n = clip(smoothing N(0, 1), -clip, clip)` and c is half the width of the action's box, so that both are shares of
     it (Fujimoto et al. 2018, eq. 14 to 16); `next_noise` holds n. With smoothing 0 nothing is drawn.
     """
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"]})
+    future = batch.beside(obs=batch["next_obs"])
     action = kit.evaluate("policy_target", future, {"sample"})["sample"]
     noise = None
     if smoothing > 0:
@@ -116,7 +116,7 @@ def soft_target(
     `a'` is made by the policy of this moment from the noise in `next_noise` (Haarnoja et al. 2018, eq. 5 and 6).
     """
     noise = gaussian(kit, "next_action", batch)
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"], "noise": noise})
+    future = batch.beside(obs=batch["next_obs"], noise=noise)
     made = kit.evaluate("policy", future, SAMPLED)
     value = kit.evaluate("critic_target", future.put(action=made["sample"]), {"value"})["value"].amin(-1)
     value = value - temperature() * made["sample_logp"]
@@ -127,7 +127,7 @@ def soft_target(
        uses=("policy_target",), validate=_discount)  # fmt: skip
 def greedy_target(kit: Kit, batch: Batch, now: Now, *, gamma: float = 0.99) -> Batch:
     """`y = r + gamma (1 - terminated) max_a Q'(s', a)`, `[N, T]` (Mnih et al. 2015, algorithm 1)."""
-    future = Batch({"obs": batch["next_obs"], "mask": batch["mask"]})
+    future = batch.beside(obs=batch["next_obs"])
     value = kit.evaluate("policy_target", future, {"values"})["values"].amax(-1)
     return batch.put(target=_bootstrap(batch, value, gamma))
 
@@ -162,8 +162,8 @@ def td_error(batch: Batch, now: Now, *, scale: float = 1.0, huber: float | None 
 @piece("loss", reads=("obs", "mask"), wants=("sample",), uses=("critic",), rows=None)
 def climb(kit: Kit, batch: Batch, now: Now) -> Term:
     """`-Q_1(s, pi(s))`, `[N, T]`: the deterministic policy gradient (Lillicrap et al. 2016, eq. 6; TD3 takes Q_1)."""
-    here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
-    with held(kit.models["critic"]) as critic:
+    here = batch.beside(obs=batch["obs"], action=now["sample"])
+    with held(kit, "critic") as critic:
         return Term(-critic.evaluate(here, frozenset({"first"}))["first"], "climb")  # type: ignore[operator]
 
 
@@ -173,9 +173,9 @@ def soft_climb(kit: Kit, batch: Batch, now: Now, *, temperature: Callable[[], fl
 
     Metric `entropy`: `-log pi(a|s)` of those actions.
     """
-    here = Batch({"obs": batch["obs"], "action": now["sample"], "mask": batch["mask"]})
+    here = batch.beside(obs=batch["obs"], action=now["sample"])
     logp = now["sample_logp"]
-    with held(kit.models["critic"]) as critic:
+    with held(kit, "critic") as critic:
         value = critic.evaluate(here, frozenset({"value"}))["value"].amin(-1)  # type: ignore[operator]
     return [Term(temperature() * logp - value, "soft_climb"), Term(-logp.detach(), "entropy", metric=True)]
 

@@ -145,5 +145,6 @@ def replay(
         columns = ring.draw(batch, kit.rng("replay"))
     if see is not None:
         columns |= {name: see(columns[name].flatten(0, 1))[:, None] for name in ("obs", "next_obs")}
-    mask = torch.ones(batch, 1, dtype=torch.bool)
-    return Batch({**columns, "mask": mask, "source": torch.full((batch,), SOURCES.index("replay"))})
+    mask, source = torch.ones(batch, 1, dtype=torch.bool), SOURCES.index("replay")
+    made = Batch({**columns, "mask": mask, "source": torch.full((batch,), source)})
+    return made.knowing(mask=True, source=source)

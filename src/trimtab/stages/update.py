@@ -70,7 +70,9 @@ def descend(
     settings: Mapping[str, Any],
 ) -> None:
     """One step of a torch optimiser along a gradient no longer than `clip`, with the settings of this moment."""
-    grads = list(made.grads.values())
+    # Kernels read a gradient's memory in the order of its parameter's.
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+             for g, p in zip(made.grads.values(), parameters)]  # fmt: skip
     scale = 1.0 if clip is None else min(1.0, clip / (float(made.norm) + 1e-6))
     for group in optimizer.param_groups:
         group.update(settings)
