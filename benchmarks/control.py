@@ -1,8 +1,10 @@
-"""Control works against Stable-Baselines3, and how their cost grows: one row of JSON a work, one thread.
+"""Control works against Stable-Baselines3 and against bare loops, and how their cost grows: one row of JSON a work, one
+thread.
 
     make peers && make bench-control         # or: python benchmarks/control.py --only sac --rounds 1
 
-Each side of each work runs in a process of its own (benchmarks/control_work.py), ours and theirs by turns. A ratio is
+Each side of each work runs in a process of its own (benchmarks/control_work.py), ours and theirs by turns; theirs is
+Stable-Baselines3, or the same update as a loop written by hand (benchmarks/bare.py). A ratio is
 how many times as fast ours is: medians over the rounds. What else ran is measured before and after every work; on a
 busy machine it refuses, unless --busy is given, and then the row says `busy`.
 """
@@ -24,18 +26,22 @@ from trimtab.runs.meters import QUIET, beside, machine_words
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "results" / "bench-control.json"
-SB3 = "Stable-Baselines3"
+SB3, BARE = "Stable-Baselines3", "a bare loop"
 
 
 @dataclass(frozen=True)
 class Work:
-    """name: of the row. method: which loop. goal: least ratio, set before measuring; None where there is no peer."""
+    """name: of the row. method: which loop. goal: least ratio, set before measuring; None where there is no peer.
+
+    peer: whose process is theirs, where there is a goal.
+    """
 
     name: str
     method: str
     metric: str
     size: dict[str, Any] = field(default_factory=dict)
     goal: float | None = None
+    peer: str = SB3
 
 
 def works() -> list[Work]:
@@ -48,6 +54,11 @@ def works() -> list[Work]:
         Work("td3, HalfCheetah-v5, float32", "td3", "updates_per_second", replayed, 1.4),
         Work("td3, HalfCheetah-v5, bfloat16 products", "td3", "updates_per_second", {**replayed, **narrow}, 2.5),
         Work("ppo, HalfCheetah-v5, 8 environments", "ppo", "steps_per_second", rolled, 1.6),
+    ]
+    made += [
+        Work("loop, sac, float32", "sac", "updates_per_second", replayed, 1 / 1.1, BARE),
+        Work("loop, sac, bfloat16 products", "sac", "updates_per_second", {**replayed, **narrow}, 1 / 1.1, BARE),
+        Work("loop, ppo, 8 environments", "ppo", "steps_per_second", rolled, 1 / 1.1, BARE),
     ]
     few = {**replayed, "updates": 200}
     made += [Work(f"growth, sac, batch {n}", "sac", "updates_per_second", {**few, "options": {"batch": n}})
@@ -75,17 +86,18 @@ def one(python: str, side: str, work: Work, threads: int) -> dict[str, Any]:
 
 def measured(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     """The row of one work: ours, theirs, ours, theirs, ..."""
-    sides = [("ours", sys.executable), *([("theirs", given.peers)] if work.goal else [])]
+    theirs = ("theirs", given.peers) if work.peer == SB3 else ("bare", sys.executable)
+    sides = {"ours": ("ours", sys.executable), **({"theirs": theirs} if work.goal else {})}
     seen: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     with beside() as others:
         for _ in range(given.rounds):
-            for side, python in sides:
-                seen[side].append(one(python, side, work, given.threads))
+            for side, (word, python) in sides.items():
+                seen[side].append(one(python, word, work, given.threads))
     values = {side: [m[work.metric] for m in made if work.metric in m] for side, made in seen.items()}
-    ours, theirs = (statistics.median(values[side]) if values[side] else None for side in ("ours", "theirs"))
+    mine, other = (statistics.median(values[side]) if values[side] else None for side in ("ours", "theirs"))
     return {
-        "work": work.name, "peer": SB3 if work.goal else None, "metric": work.metric, "ours": ours, "theirs": theirs,
-        "ratio": ours / theirs if ours and theirs else None, "goal": work.goal, "rounds": values,
+        "work": work.name, "peer": work.peer if work.goal else None, "metric": work.metric, "ours": mine,
+        "theirs": other, "ratio": mine / other if mine and other else None, "goal": work.goal, "rounds": values,
         "size": {**work.size, "threads": given.threads},
         "failed": {side: m["failed"] for side, made in seen.items() for m in made if "failed" in m},
         "beside": others, "busy": others["busy"],

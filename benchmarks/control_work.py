@@ -2,6 +2,7 @@
 
     python benchmarks/control_work.py ours sac '{"task": "HalfCheetah-v5", "updates": 500, "threads": 1}'
     .venv-peers/bin/python benchmarks/control_work.py theirs sac '{...}'
+    python benchmarks/control_work.py bare sac '{...}'
 
 Both sides have Stable-Baselines3's settings, the same environment and the same threads; what is timed is the loop from
 end to end, after a warm-up.
@@ -34,6 +35,10 @@ class Clock:
         return {"seconds": wall, "cpu_seconds": cpu, f"{what}_per_second": count / wall}
 
 
+def ours(name: str, size: Size) -> Made:
+    return ours_ppo(size) if name == "ppo" else ours_replay(name, size)
+
+
 def ours_replay(name: str, size: Size) -> Made:
     """Updates a second of an off-policy method, one a step."""
     from trimtab.core.registry import find
@@ -62,6 +67,24 @@ def ours_ppo(size: Size) -> Made:
     for _ in range(turns):
         next(loop)
     return clock.read(turns * size["horizon"] * size["envs"], "steps")
+
+
+def by_hand(name: str, size: Size) -> Made:
+    """The same as a loop written by hand."""
+    import bare
+
+    if name == "ppo":
+        loop, count = bare.bare_ppo(size["task"], envs=size["envs"], horizon=size["horizon"]), size["turns"]
+    else:
+        loop, count = bare.bare_sac(size["task"], warmup=WARMUP, **size.get("options", {})), size["updates"]
+    for _ in range(1 if name == "ppo" else BEFORE):
+        next(loop)
+    clock = Clock()
+    for _ in range(count):
+        next(loop)
+    if name == "ppo":
+        return clock.read(count * size["horizon"] * size["envs"], "steps")
+    return clock.read(count, "updates")
 
 
 def started(method: Any, size: Size, envs: int) -> Iterator[Any]:
@@ -135,7 +158,8 @@ def main() -> None:
         from trimtab.machine import keep_freed_memory
 
         keep_freed_memory()  # as our command line does
-        made = ours_ppo(size) if name == "ppo" else ours_replay(name, size)
+        run = by_hand if side == "bare" else ours
+        made = run(name, size)
     print(json.dumps({**made, "versions": versions()}))
 
 
