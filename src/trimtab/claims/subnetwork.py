@@ -236,18 +236,19 @@ DECISIONS = 150_000
 
 
 def tiny_mask(seed: int, by_lot: bool) -> Path:
-    """As `mask_for`, for `tiny`; a file that is there was made for it before, and a change of its base is refused."""
-    path = RUNS / "subnetwork" / f"{'lot' if by_lot else 'changed'}-{seed}.safetensors"
-    if path.exists():
-        return path
+    """As `mask_for`, for `tiny`: one run makes both files of a seed, and they are kept; another base refuses them."""
+    paths = {lot: RUNS / "subnetwork" / f"{'lot' if lot else 'changed'}-{seed}.safetensors" for lot in (False, True)}
+    if all(path.exists() for path in paths.values()):
+        return paths[by_lot]
     environment, policy = load(seed)
     start, base = {n: p.clone() for n, p in parameters({"policy": policy}).items()}, base_of(policy)
     for _ in run(for_tiny(find("grpo")()), environment, policy, until={"decisions": DECISIONS}, seed=seed):
         pass
     environment.close()
     masks = changes(start, parameters({"policy": policy}))
-    write_mask(path, scattered(masks, seed) if by_lot else masks, {"policy": base}, {"seed": seed})
-    return path
+    for lot, path in paths.items():
+        write_mask(path, scattered(masks, seed) if lot else masks, {"policy": base}, {"seed": seed})
+    return paths[by_lot]
 
 
 def tiny_arm(what: str, by_lot: bool) -> Arm:
