@@ -34,7 +34,7 @@ def subnetwork(base: Method, *, mask: str | None = None, every: int | None = Non
 
     mask: a file written by `trimtab sparsity RUN --mask FILE`, for the same networks at the same start; None trains
     every weight. every: log `sparsity` and `unchanged_float32`, against the start of the run, every so many turns;
-    None does not. Stands on any method, of control too: `subnetwork(mask="m.safetensors")+sac`.
+    None does not. Stands on any method, of control too: `subnetwork(mask="m.mask")+sac`.
     """
     made = base
     for track in base.tracks:
