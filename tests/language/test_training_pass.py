@@ -297,3 +297,18 @@ def test_what_learns_is_let_go_while_it_learns_and_is_there_for_the_next_sample(
     again = policy.sampler.sample(prompts, 4, seeds, how)
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.logp, again.logp)
+
+
+def test_a_policy_that_is_thawed_later_is_sampled_with_what_it_learned() -> None:
+    policy, fresh = (load_policy("nano", dtype="bfloat16", seed=1) for _ in range(2))
+    prompts, seeds, how = [policy.encode("3 + 4 =")], torch.arange(4), Sampling(new_tokens=5)
+    policy.requires_grad_(False)
+    policy.sampler.sample(prompts, 4, seeds, how)  # its decoder is made while nothing can learn
+    policy.requires_grad_(True)
+    policy.sampler.sample(prompts, 4, seeds, how)
+    for model in (policy, fresh):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+    mine, theirs = (model.sampler.sample(prompts, 4, seeds, how) for model in (policy, fresh))
+    assert torch.equal(mine.logp, theirs.logp)

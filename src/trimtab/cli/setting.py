@@ -32,7 +32,7 @@ class Shared:
     rows: int | None = None
     """Rows per update (default: the method's)."""
     memory: int | None = None
-    """Rows in memory at once; changes nothing beyond rounding (default: all)."""
+    """Rows in memory at once; changes nothing beyond rounding (default: what the policy reads well)."""
     passes: int | None = None
     """Passes over each batch (default: the method's)."""
     lora: int = 0

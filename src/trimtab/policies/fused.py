@@ -32,8 +32,12 @@ class Fused:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
         self.packed = packs(dtype, getattr(layers[0], "base_layer", layers[0]).weight.device)
-        self.frozen = is_frozen(*layers)
         self.refresh()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing here can learn at present: a network may be thawed later."""
+        return is_frozen(*self.layers)
 
     @torch.no_grad()
     def refresh(self, everything: bool = True) -> None:
