@@ -112,14 +112,14 @@ def test_shared_cache_is_literal_attention(monkeypatch: pytest.MonkeyPatch) -> N
     # What is held is float32, so that widening is looked at too.
     device = torch.device("cpu")
     cache = SharedCache((1, heads, width), 3, 6, 7, room, torch.float32, torch.float64, device)
-    cache.prompt.fill_(torch.nan)
-    cache.said.fill_(torch.nan)
+    for held in (cache.prompt_keys, cache.prompt_values, cache.said_keys, cache.said_values):
+        held.fill_(torch.nan)
     plain = Literal()
 
     def add(lengths: list[int]) -> None:
         slots = cache.add(torch.tensor(lengths), max(lengths))
         filled = random(2, len(lengths), heads, max(lengths), width).float()
-        cache.prompt[0, :, slots, :, : max(lengths)] = filled
+        cache.read(0, slots, *filled)
         for i, n in enumerate(lengths):
             plain.rows.append([(filled[0, i, :, t].double(), filled[1, i, :, t].double()) for t in range(n)])
 

@@ -260,6 +260,7 @@ def test_a_frozen_base_in_bfloat16_computes_the_same_bits() -> None:
     first = gradients(policy, before)
     _narrow_frozen(policy.model)
     assert all(b.weight.dtype == torch.bfloat16 for b in bases)
+    assert policy.causal.get_input_embeddings().weight.dtype == torch.bfloat16
     after = policy.evaluate(batch, {"logp", "entropy"})
     assert all(torch.equal(before[k], after[k]) for k in before)
     same(first, gradients(policy, after), atol=1e-2)  # its inputs' gradients are summed in bfloat16

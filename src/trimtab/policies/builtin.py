@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -225,19 +225,32 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _narrow_frozen(model: nn.Module) -> None:
-    """Hold the matrices under an adapter in bfloat16, where that loses nothing: autocast need not cast them each time.
+def _narrow_frozen(model: Any) -> None:
+    """Hold frozen matrices beside an adapter in bfloat16, where that loses nothing: autocast need not cast them.
 
-    A bfloat16 checkpoint loses nothing. The adapter's input goes to autocast as it is, not through float32.
+    A bfloat16 checkpoint loses nothing. The adapter's input goes to autocast as it is, not through float32; what the
+    embedding gives is float32 as before.
     """
     layer: Any
     for layer in model.modules():
         base = getattr(layer, "base_layer", None)
-        if not isinstance(base, nn.Linear) or base.weight.requires_grad:
-            continue
-        layer.cast_input_dtype_enabled = False
-        if all(torch.equal(p.to(torch.bfloat16).to(p.dtype), p) for p in base.parameters()):
-            base.to(torch.bfloat16)
+        if isinstance(base, nn.Linear) and not base.weight.requires_grad:
+            layer.cast_input_dtype_enabled = False
+            if _is_narrow(base):
+                base.to(torch.bfloat16)
+    embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding and not embedding.weight.requires_grad and _is_narrow(embedding):
+        embedding.to(torch.bfloat16)
+        embedding.register_forward_hook(_widened)
+
+
+def _is_narrow(layer: nn.Module) -> bool:
+    """Whether all its parameters are numbers that bfloat16 has."""
+    return all(torch.equal(p.to(torch.bfloat16).to(p.dtype), p) for p in layer.parameters())
+
+
+def _widened(layer: nn.Module, given: Any, made: Tensor) -> Tensor:
+    return made.float()
 
 
 def _widen_norms(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 # Keys or values are widened so many at a time (1 MiB in float32): larger temporaries cost more than the products.
 NUMBERS_AT_ONCE = 2**18
+# Places are a multiple of so many: a line of memory in bfloat16.
+STEP = 32
 
 
 def settle(before: Tensor) -> Tensor:
@@ -41,8 +44,21 @@ class SharedCache:
         wide: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         layers, heads, width = shape
-        self.prompt = torch.empty(layers, 2, prompts, heads, length, width, dtype=dtype, device=device)
-        self.said = torch.empty(layers, 2, rows, heads, room, width, dtype=dtype, device=device)
+
+        def held(*sizes: int) -> Tensor:
+            count = layers * heads * math.prod(sizes)
+            # Compiled kernels read STEP numbers at a time, so some behind the last.
+            return torch.empty(count + STEP, dtype=dtype, device=device)[:count].view(
+                layers, sizes[0], heads, *sizes[1:]
+            )
+
+        # Keys lie on their side: a row of scores is then a sum of rows.
+        length, places = (math.ceil(size / STEP) * STEP for size in (length, room))
+        self.prompt_keys, self.prompt_values = held(prompts, width, length), held(prompts, length, width)
+        self.said_keys, self.said_values = held(rows, width, places), held(rows, places, width)
+        # Where each layer's begin in memory, for compiled kernels.
+        tensors = (self.prompt_keys, self.prompt_values, self.said_keys, self.said_values)
+        self.places = [tuple(held[i].data_ptr() for held in tensors) for i in range(layers)]
         self.wide, self.room, self.time = wide, room, 0
         none = torch.empty(0, dtype=torch.long, device=device)
         self.lengths = none  # [G], of each live prompt
@@ -62,23 +78,32 @@ class SharedCache:
         self.owner = torch.cat([self.owner, held + new])
         self.born = torch.cat([self.born, new * 0 + self.time])
         # Hidden places have weight 0, and 0 times what memory held before may be nan.
-        self.prompt[:, :, held : held + m, :, width:] = 0
-        self.said[:, :, rows : rows + m, :, : self._reach] = 0
+        self.prompt_keys[:, held : held + m, ..., width:] = self.prompt_values[:, held : held + m, :, width:] = 0
+        reach = slice(0, self._reach)
+        self.said_keys[:, rows : rows + m, ..., reach] = self.said_values[:, rows : rows + m, :, reach] = 0
         self._arrange()
         return slice(held, held + m)
+
+    def read(self, layer: int, slots: slice, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values `[m, H, t, w]` of new prompts, whose slots `add` gave."""
+        t = keys.shape[2]
+        self.prompt_keys[layer, slots, :, :, :t], self.prompt_values[layer, slots, :, :t] = keys.mT, values
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, a long index `[n]` into the present ones. Only those that change place are copied."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         if len(moved):
-            self.said[:, :, moved, :, : self._reach] = self.said[:, :, rows[moved], :, : self._reach]
+            reach = slice(0, self._reach)
+            self.said_keys[:, moved, ..., reach] = self.said_keys[:, rows[moved], ..., reach]
+            self.said_values[:, moved, :, reach] = self.said_values[:, rows[moved], :, reach]
         self.owner, self.born = self.owner[rows], self.born[rows]
         live = self.owner.unique()
         if len(live) < len(self.lengths):
             place = settle(live)
             gone = (place != live).nonzero().squeeze(1)
             if len(gone):
-                self.prompt[:, :, place[gone]] = self.prompt[:, :, live[gone]]
+                for held in (self.prompt_keys, self.prompt_values):
+                    held[:, place[gone]] = held[:, live[gone]]
             now = torch.empty_like(self.lengths)
             now[live] = place
             self.owner = now[self.owner]
@@ -104,7 +129,7 @@ class SharedCache:
             self.table[self.owner, at] = line
             self.at = at
         self.longest = int(self.lengths.max()) if held else 0
-        self.prompt_views = _views(self.prompt[:, :, :held, :, : self.longest])
+        self.prompt_views = _views(self.prompt_keys[:, :held], self.prompt_values[:, :held], slice(0, self.longest))
         beyond = torch.arange(self.longest, device=self.owner.device) >= self.lengths[:, None]
         self.prompt_bias = self._bias(beyond)
         self.oldest = int(self.born.min()) if n else self.time
@@ -122,9 +147,9 @@ class SharedCache:
         first = self.column - (self.time - self.oldest)
         # A window that goes round is the whole ring.
         window = slice(first, self.column + 1) if first >= 0 else slice(0, self.room)
-        live = self.said[:, :, : len(self.owner)]
-        self.written = live[:, :, :, :, self.column].unbind()
-        self.said_views = _views(live[:, :, :, :, window])
+        keys, values = (held[:, : len(self.owner)] for held in (self.said_keys, self.said_values))
+        self.written = list(zip(keys[..., self.column].unbind(), values[:, :, :, self.column].unbind()))
+        self.said_views = _views(keys, values, window)
         self.said_bias = None
         if not self.even or first < 0:
             columns = torch.arange(window.start, window.stop, device=self.born.device)
@@ -143,7 +168,8 @@ class SharedCache:
         """
         n, heads, groups, _ = query.shape
         (prompt_keys, prompt_values), (keys, values) = self.prompt_views[layer], self.said_views[layer]
-        self.written[layer][0], self.written[layer][1] = key, value
+        for column, new in zip(self.written[layer], (key, value)):
+            column.copy_(new)
         own = _scores(query.flatten(0, 1), keys).view(n, heads, groups, -1)
         if self.said_bias is not None:
             own += self.said_bias
@@ -166,15 +192,15 @@ class SharedCache:
         return x if self.table is None else x.unflatten(2, (-1, groups)).transpose(1, 2)[self.owner, self.at]
 
 
-def _views(held: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer, `[B H, t, w]`, of `[layers, 2, B, H, t, w]`."""
-    keys, values = held.flatten(2, 3).unbind(1)
-    return list(zip(keys.unbind(), values.unbind()))
+def _views(keys: Tensor, values: Tensor, places: slice) -> list[tuple[Tensor, Tensor]]:
+    """Keys `[B H, w, t]` and values `[B H, t, w]` of every layer at these places."""
+    some = keys[..., places].flatten(1, 2), values[..., places, :].flatten(1, 2)
+    return list(zip(*(held.unbind() for held in some)))
 
 
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
-    """`q k'`, `[b, r, t]` of `[b, r, w]` and `[b, t, w]`, in the dtype of the query."""
-    parts = [q.bmm(k.transpose(1, 2)) for q, k in _widened(query, keys)]
+    """`q k`, `[b, r, t]` of `[b, r, w]` and `[b, w, t]`, in the dtype of the query."""
+    parts = [q.bmm(k) for q, k in _widened(query, keys)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
+from trimtab.native.language import Kernels
 
 # Logits are turned into probabilities so many at a time on a CPU (1 MiB in float32): temporaries that stay in the
 # second-level cache, and are not returned to the system after every step, make a draw ten times as fast at 64 rows.
@@ -56,6 +57,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether every token may be drawn, at one temperature."""
+        return not self.greedy and self.top_k == 0 and self.top_p == 1 and self.adapt is None
+
 
 def uniforms(seeds: Tensor, steps: int) -> Tensor:
     """Noise in [0, 1), float64 `[N, steps]`: row `i` depends on `seeds[i]` alone, and is the prefix of a longer one."""
@@ -70,6 +76,9 @@ def draw(logits: Tensor, slot: Tensor, noise: Tensor | None, sampling: Sampling)
     first whose cumulative probability exceeds the uniform (inverse CDF); greedy takes the largest logit, without noise.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
+    kernels = Kernels.suited(wide, logits.dtype, logits.device) if sampling.plain else None
+    if kernels and noise is not None:
+        return kernels.draw(logits, slot, noise, sampling.temperature)
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     token, logp = torch.empty_like(slot), logits.new_empty(len(slot), dtype=wide)
     for first in range(0, len(logits), at_once):

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from trimtab.native.language import Kernels
+from trimtab.policies.packing import attend
+
 # Architectures whose layers are a norm, attention, a norm and a gated layer, and nothing else.
 FAMILY = frozenset({LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM})
 
@@ -72,15 +75,22 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, narrow: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.narrow = eps, narrow
+        kernels = Kernels.suited(x.dtype, narrow, x.device)
+        if kernels and x.is_contiguous():
+            return kernels.add_norm(x, None, weight, eps)
         return torch.mul(x * _inverse_size(x, eps), weight, out=torch.empty_like(x, dtype=narrow))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        g, inverse = upstream[0].to(x.dtype), _inverse_size(x, ctx.eps)
-        grad_weight = (g * (x * inverse)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        along = g * weight
+        g, grad_weight = upstream[0], None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (g.to(x.dtype) * (x * _inverse_size(x, ctx.eps))).flatten(0, -2).sum(0)
+        kernels = None if torch.is_grad_enabled() else Kernels.suited(x.dtype, ctx.narrow, x.device)
+        if kernels and x.is_contiguous():
+            return kernels.norm_back(g, x, weight, ctx.eps), grad_weight, None, None
+        inverse, along = _inverse_size(x, ctx.eps), g.to(x.dtype) * weight
         pull = (along * x).mean(-1, keepdim=True) * inverse.pow(3)
         return along * inverse - x * pull, grad_weight, None, None
 
@@ -96,11 +106,17 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gate_up(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         return _ungated(upstream[0], *ctx.saved_tensors)
+
+
+def _gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, without a graph."""
+    kernels = Kernels.suited(torch.float32, gate.dtype, gate.device)
+    return kernels.gate_up(gate, up) if kernels else F.silu(gate).mul_(up)
 
 
 def _ungated(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +124,9 @@ def _ungated(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
         s = gate.sigmoid()
         return g * up * s * (1 + gate * (1 - s)), g * gate * s
+    kernels = Kernels.suited(torch.float32, gate.dtype, gate.device)
+    if kernels:
+        return kernels.gate_up_back(g, gate, up)
     return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
@@ -121,14 +140,42 @@ class GatedAdapted(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(gate, up, weight, a, b)
         ctx.scaling, ctx.narrow = scaling, narrow
-        return _product(F.silu(gate).mul_(up), weight, bias, a, b, scaling, narrow)
+        return _product(_gate_up(gate, up), weight, bias, a, b, scaling, narrow)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, a, b = ctx.saved_tensors
-        g, grad_a, grad_b = _pulled(upstream[0], F.silu(gate) * up, weight, a, b, ctx.scaling, ctx.narrow, True)
+        read = F.silu(gate) * up if torch.is_grad_enabled() else _gate_up(gate, up)
+        g, grad_a, grad_b = _pulled(upstream[0], read, weight, a, b, ctx.scaling, ctx.narrow, True)
         assert g is not None
         return *_ungated(g, gate, up), None, None, grad_a, grad_b, None, None
+
+
+class Turned(torch.autograd.Function):
+    """`s (x cos + rotate(x) sin)`: heads `[..., heads, w]` turned by their places, with cos and sin `[..., w]`.
+
+    rotate: `[a, b] -> [-b, a]` of the halves. Su et al. 2021 (RoPE), arXiv 2104.09864, eq. 34.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.scale = scale
+        return _turn(x, cos, sin, scale, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(upstream[0], cos, sin, ctx.scale, back=True), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, scale: float, back: bool) -> Tensor:
+    kernels = None if torch.is_grad_enabled() else Kernels.suited(cos.dtype, x.dtype, x.device)
+    if kernels:
+        return kernels.turn(x, cos, sin, scale, back)
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([second, -first] if back else [-second, first], -1)
+    return ((x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)) * scale).to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -142,6 +189,7 @@ def lean(model: Any) -> Iterator[None]:
     if autocast and type(model) in FAMILY and model.config.hidden_act == "silu":
         for layer in model.base_model.layers:
             changed += [(layer.input_layernorm, _norm), (layer.post_attention_layernorm, _norm), (layer.mlp, _gated)]
+            changed.append((layer.self_attn, _attended))
     changed = [(layer, forward) for layer, forward in changed if "forward" not in vars(layer)]
     for layer, forward in changed:
         layer.forward = partial(forward, layer)
@@ -176,6 +224,18 @@ def parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return Norm.apply(x, norm.weight, norm.variance_epsilon, _narrow(x, x.dtype))
+
+
+def _attended(attention: Any, hidden_states: Tensor, position_embeddings: Any = None, **more: Any) -> Any:
+    """Attention of a packed row; of any other the layer's own."""
+    a, packed = attention, more.get("packed")
+    if packed is None or getattr(a, "sliding_window", None) is not None:
+        return type(a).forward(a, hidden_states, position_embeddings=position_embeddings, **more)
+    q, k, v = (layer(hidden_states).unflatten(-1, (-1, a.head_dim)) for layer in (a.q_proj, a.k_proj, a.v_proj))
+    if hasattr(a, "q_norm"):
+        q, k = a.q_norm(q).to(v.dtype), a.k_norm(k).to(v.dtype)
+    q, k = Turned.apply(q, *position_embeddings, a.scaling), Turned.apply(k, *position_embeddings, 1.0)
+    return a.o_proj(attend(q[0], k[0], v[0], packed).flatten(1)[None]), None
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:

@@ -243,14 +243,18 @@ def attention(
         if more.get(name) is not None:
             raise ValueError(f"packed attention has no {name}; the model gave {name}={more[name]!r}")
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    return attend(q * (scaling if scaling is not None else q.shape[-1] ** -0.5), k, v, packed)[None], None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """What the tokens of a packed row read, `[S, heads, d]` like the scaled queries; key and value `[S, k, d]`."""
     made: list[Any] = [
         checkpoint(_attend, q, k, v, block, use_reentrant=False, preserve_rng_state=False)
         if torch.is_grad_enabled()
         else _attend(q, k, v, block)
         for block in packed.blocks
     ]
-    return torch.cat(made).index_select(0, packed.made)[None], None
+    return torch.cat(made).index_select(0, packed.made)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

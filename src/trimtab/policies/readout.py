@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.native.language import Kernels
+
 # Logits that exist at once, in the dtype of the products: 16 MiB in bfloat16. With fewer the product is slow.
 LOGITS_AT_ONCE = 2**23
 # Their gradients, where the layer learns: one product with the states for so many (64 MiB in bfloat16).
@@ -85,12 +87,17 @@ class Readout(torch.autograd.Function):
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         slopes = [torch.empty_like(y) for _ in range(1 + entropy)] if frozen and ctx.needs_input_grad[0] else []
         rows = min(len(x), max(1, LOGITS_AT_ONCE // len(w)))
+        kernels = Kernels.suited(wide, narrow, y.device)
         held = [y.new_empty(rows, len(w)) for _ in range(max(1, len(slopes)))]
         for outer in _parts(len(x), rows):
             n = len(range(len(x))[outer])
             products = [buffer[:n] for buffer in held]
             _product(y[outer], w, b, products[0])
-            for inner in _parts(n, WIDE_AT_ONCE // len(w)):
+            if kernels:
+                some = None if scale is None else scale[outer].float()
+                into = None if h is None else h[outer], products[1] if len(products) > 1 else None
+                kernels.read_out(products[0], token[outer], some, logp[outer], *into, bool(slopes))
+            for inner in () if kernels else _parts(n, WIDE_AT_ONCE // len(w)):
                 i = slice(outer.start + inner.start, outer.start + inner.stop)
                 z = _widened(products[0][inner], None if scale is None else scale[i])
                 z = z.sub_(z.amax(1, keepdim=True))

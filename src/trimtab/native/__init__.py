@@ -1,0 +1,118 @@
+"""C++ kernels for the CPU, compiled where they are used: what lies between the matrix products of a language model.
+
+The first use compiles `kernels.cpp` with the machine's compiler (seconds); the library is kept in the user's cache.
+Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more passes over memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from trimtab.core.errors import TrimtabWarning
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# The first flags a compiler takes: not every one has OpenMP, or knows what machine it is on.
+FLAGS = (
+    ("-fopenmp", "-march=native"),
+    ("-fopenmp-simd", "-march=native"),
+    ("-fopenmp-simd", "-mcpu=native"),
+    ("-fopenmp-simd",),
+)
+COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+def wanted() -> bool:
+    """Whether kernels may be compiled: TRIMTAB_NATIVE=0 says no."""
+    return os.environ.get("TRIMTAB_NATIVE", "1") != "0"
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first there is of c++, g++ and clang++."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are not wanted or there is no compiler.
+
+    Warns, and gives None, where the compiler fails.
+    """
+    found = compiler() if wanted() else None
+    if found is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(found)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as problem:
+        warnings.warn(
+            f"the kernels did not compile with {found} ({problem}), so torch's own operations are used, more slowly; "
+            "TRIMTAB_NATIVE=0 turns this off",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def words() -> str:
+    """One line about the kernels, for people."""
+    if not wanted():
+        return "off (TRIMTAB_NATIVE=0): torch's own operations"
+    if compiler() is None:
+        return "no C++ compiler (c++, g++ or clang++): torch's own operations, so sampling and training are slower"
+    return f"compiled with {compiler()}" if library() else "did not compile: torch's own operations"
+
+
+def cache() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "native"
+
+
+def _built(compiler: str) -> Path:
+    """The library for this source, compiler and processor, compiled unless that was done before."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    what = "\0".join([SOURCE.read_text(), version, _processor(), repr((FLAGS, COMMON))])
+    target = cache() / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if _ours(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    said = ""
+    for flags in FLAGS:
+        handle, name = tempfile.mkstemp(".so", dir=target.parent)
+        os.close(handle)
+        done = subprocess.run(
+            [compiler, *COMMON, *flags, str(SOURCE), "-o", name], capture_output=True, text=True, check=False
+        )
+        if not done.returncode:
+            os.replace(name, target)  # whole or not at all: two runs may compile at once
+            return target
+        os.unlink(name)
+        said = said or (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[0]
+    raise RuntimeError(said)
+
+
+def _ours(path: Path) -> bool:
+    """Whether this file is there and nobody else can have written it."""
+    if not path.exists():
+        return False
+    if not hasattr(os, "getuid"):
+        return True
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _processor() -> str:
+    """What distinguishes processors that share a home folder: code for one may not run on another."""
+    table = Path("/proc/cpuinfo")
+    if not table.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = table.read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,0 +1,407 @@
+// Kernels between the matrix products of a language model on a CPU: decoding, and the training pass.
+//
+// What torch does in some twenty calls a layer, each with a pass over memory, is one pass here. Sums are float32.
+// T is what numbers are stored as: float, or bfloat16 as its sixteen bits. Compiled when first used; see __init__.py.
+// Nothing here assumes finite numbers: a nan goes in and comes out.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Long = int64_t;
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) {
+    uint32_t u = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+inline void put(float& to, float x) { to = x; }
+inline void put(bf16& to, float x) {  // to the nearest, ties to even; a nan stays one whatever its bits
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
+}
+template <class T>
+inline float rounded(float x) {
+    T t;
+    put(t, x);
+    return wide(t);
+}
+
+constexpr Long LANES = 16, STEP = 2 * LANES;  // of a small product; places behind a row are read up to the next STEP
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+inline Lanes load(const float* from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+inline Lanes load(const bf16* from) {
+    Halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (Lanes)(__builtin_convertvector(h, Bits) << 16);
+}
+
+// e^x, relative error below 2e-7; 0 below -87. Cephes' polynomial after x = n log 2 + r.
+inline float exponential(float x) {
+    float low = x < -87.f ? -87.f : x;
+    low = low > 88.f ? 88.f : low;
+    float n = std::nearbyintf(low * 1.44269504088896341f);
+    float r = low - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return x < -87.f ? 0.f : p * scale;
+}
+
+inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+
+// -- decoding ------------------------------------------------------------------------------------------------------
+
+// Rows [n, H]: x += delta (unless null), out = x / sqrt(mean(x^2) + eps) * weight.
+template <class T>
+void add_norm(float* x, const T* delta, const float* weight, T* out, Long n, Long size, float eps) {
+#pragma omp parallel for schedule(static) if (n * size > 16384)
+    for (Long i = 0; i < n; i++) {
+        float* row = x + i * size;
+        if (delta)
+#pragma omp simd
+            for (Long j = 0; j < size; j++) row[j] += wide(delta[i * size + j]);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Long j = 0; j < size; j++) sum += row[j] * row[j];
+        float inverse = 1.f / std::sqrt(sum / size + eps);
+        for (Long j = 0; j < size; j++) put(out[i * size + j], row[j] * inverse * weight[j]);
+    }
+}
+
+// silu(gate) * up of rows [n, 2 size], gate first.
+template <class T>
+void gated(const T* both, T* out, Long n, Long size) {
+#pragma omp parallel for schedule(static) if (n * size > 8192)
+    for (Long i = 0; i < n; i++) {
+        const T *gate = both + 2 * i * size, *up = gate + size;
+#pragma omp simd
+        for (Long j = 0; j < size; j++) {
+            float g = wide(gate[j]);
+            put(out[i * size + j], rounded<T>(g * sigmoid(g)) * wide(up[j]));
+        }
+    }
+}
+
+// What a step's attention reads, in the order of `_ATTEND` in decoding.py.
+struct Attend {
+    void *qkv, *out;                             // [n, (H G + 2 H) w] and [n, H G w]
+    const float *cos, *sin;                      // [n, w]; sin with the sign of the half it is added to
+    const float *query_norm, *key_norm;          // [w] each, or null
+    void *prompt_keys, *prompt_values;           // of this layer, [P, H, w, prompt_places] and [P, H, prompt_places, w]
+    void *said_keys, *said_values;               // of this layer, [N, H, w, said_places] and [N, H, said_places, w]
+    const Long *owner, *lengths, *born;          // of each row its prompt; of each prompt; of each row its first time
+    Long n, heads, groups, width, prompt_places, said_places;
+    Long room, time;                             // what is said at `time` stands in column `time % room`
+    float scale, eps;
+};
+
+// A head of queries or keys: normalised where the model does so, turned by its place, and scaled.
+template <class T>
+inline void turned(const T* from, const float* norm, float eps, const float* cos, const float* sin, float scale, float* x,
+                   float* to, Long w) {
+    const Long half = w / 2;
+    for (Long i = 0; i < w; i++) x[i] = wide(from[i]);
+    if (norm) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Long i = 0; i < w; i++) sum += x[i] * x[i];
+        const float inverse = 1.f / std::sqrt(sum / w + eps);
+        for (Long i = 0; i < w; i++) x[i] = x[i] * inverse * norm[i];
+    }
+    for (Long i = 0; i < half; i++) to[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
+    for (Long i = half; i < w; i++) to[i] = (x[i] * cos[i] + x[i - half] * sin[i]) * scale;
+}
+
+// out [G, N] = A [G, K] B [K, N], or += where there is `more`. B is read and out is written up to STEP - 1 places beyond a row's end.
+template <class T, int G>
+inline void small_product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long k, Long n, bool more) {
+    for (Long j = 0; j < n; j += STEP) {
+        Lanes low[G] = {}, high[G] = {};
+        if (more)
+            for (int g = 0; g < G; g++) low[g] = load(out + g * ldo + j), high[g] = load(out + g * ldo + j + LANES);
+        for (Long i = 0; i < k; i++) {
+            const Lanes x = load(b + i * ldb + j), y = load(b + i * ldb + j + LANES);
+            for (int g = 0; g < G; g++) low[g] += a[g * lda + i] * x, high[g] += a[g * lda + i] * y;
+        }
+        for (int g = 0; g < G; g++) {
+            std::memcpy(out + g * ldo + j, &low[g], sizeof(Lanes));
+            std::memcpy(out + g * ldo + j + LANES, &high[g], sizeof(Lanes));
+        }
+    }
+}
+
+template <class T>
+void product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long g, Long k, Long n,
+             bool more = false) {
+    for (; g >= 4; g -= 4, a += 4 * lda, out += 4 * ldo) small_product<T, 4>(a, lda, b, ldb, out, ldo, k, n, more);
+    if (g == 3) small_product<T, 3>(a, lda, b, ldb, out, ldo, k, n, more);
+    if (g == 2) small_product<T, 2>(a, lda, b, ldb, out, ldo, k, n, more);
+    if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more);
+}
+
+inline void softmax(float* s, Long count) {
+    float most = s[0], sum = 0;
+    for (Long j = 1; j < count; j++) most = s[j] > most ? s[j] : most;
+#pragma omp simd reduction(+ : sum)
+    for (Long j = 0; j < count; j++) sum += s[j] = exponential(s[j] - most);
+    const float inverse = 1.f / sum;
+    for (Long j = 0; j < count; j++) s[j] *= inverse;
+}
+
+template <class T>
+void attend(const Attend& a) {
+    const Long w = a.width, all = (a.groups + 2) * a.heads * w, column = a.time % a.room, wider = w + STEP;
+#pragma omp parallel if (a.n * a.heads > 1)
+    {
+        std::vector<float> held;
+#pragma omp for schedule(static)
+        for (Long b = 0; b < a.n * a.heads; b++) {
+            const Long row = b / a.heads, h = b % a.heads, mine = a.owner[row], before = a.lengths[mine];
+            const Long said = a.time - a.born[row] + 1, total = before + said, stride = total + STEP;
+            // Where the ring holds its oldest token, how many follow up to the ring's end, and how many from its start.
+            const Long first = (a.time - said + 1) % a.room, straight = said < a.room - first ? said : a.room - first;
+            held.resize(a.groups * (w + stride + wider) + 2 * w);
+            float *query = held.data(), *s = query + a.groups * w, *out = s + a.groups * stride;
+            float *x = out + a.groups * wider, *key = x + w;
+            const T* qkv = (const T*)a.qkv + row * all;
+            const float *cos = a.cos + row * w, *sin = a.sin + row * w;
+            for (Long g = 0; g < a.groups; g++)
+                turned(qkv + (h * a.groups + g) * w, a.query_norm, a.eps, cos, sin, a.scale, x, query + g * w, w);
+            turned(qkv + (a.heads * a.groups + h) * w, a.key_norm, a.eps, cos, sin, 1.f, x, key, w);
+
+            const Long here = (row * a.heads + h) * a.said_places * w, there = (mine * a.heads + h) * a.prompt_places * w;
+            T *keys = (T*)a.said_keys + here, *values = (T*)a.said_values + here;
+            for (Long i = 0; i < w; i++) put(keys[i * a.said_places + column], key[i]);
+            std::memcpy(values + column * w, qkv + (a.heads * (a.groups + 1) + h) * w, w * sizeof(T));
+            const T *prompt_keys = (const T*)a.prompt_keys + there, *prompt_values = (const T*)a.prompt_values + there;
+
+            product(query, w, prompt_keys, a.prompt_places, s, stride, a.groups, w, before);
+            product(query, w, keys + first, a.said_places, s + before, stride, a.groups, w, straight);
+            product(query, w, keys, a.said_places, s + before + straight, stride, a.groups, w, said - straight);
+            for (Long g = 0; g < a.groups; g++) softmax(s + g * stride, total);
+            product(s, stride, prompt_values, w, out, wider, a.groups, before, w);
+            product(s + before, stride, values + first * w, w, out, wider, a.groups, straight, w, true);
+            product(s + before + straight, stride, values, w, out, wider, a.groups, said - straight, w, true);
+            T* to = (T*)a.out + (row * a.heads + h) * a.groups * w;
+            for (Long g = 0; g < a.groups; g++)
+                for (Long i = 0; i < w; i++) put(to[g * w + i], out[g * wider + i]);
+        }
+    }
+}
+
+// -- drawing a token -----------------------------------------------------------------------------------------------
+
+constexpr Long BLOCK = 128;  // tokens whose probabilities are summed before any cumulative sum is taken
+
+// For each row of logits [m, V], times `inverse`, the samples of that row (slot[j] == row): the first token whose
+// cumulative probability exceeds noise[j], and its log-probability.
+template <class T>
+void draw(const T* logits, const Long* slot, const double* noise, float inverse, Long* token, float* logp, Long m, Long n,
+          Long size) {
+    const Long blocks = (size + BLOCK - 1) / BLOCK;
+#pragma omp parallel if (m > 1)
+    {
+        std::vector<double> cdf(blocks);
+#pragma omp for schedule(static)
+        for (Long i = 0; i < m; i++) {
+            const T* z = logits + i * size;
+            float most = wide(z[0]) * inverse;
+#pragma omp simd reduction(max : most)
+            for (Long j = 0; j < size; j++) {
+                const float x = wide(z[j]) * inverse;
+                most = x > most ? x : most;
+            }
+            double total = 0;
+            for (Long b = 0; b < blocks; b++) {
+                const Long end = (b + 1) * BLOCK < size ? (b + 1) * BLOCK : size;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (Long j = b * BLOCK; j < end; j++) sum += exponential(wide(z[j]) * inverse - most);
+                cdf[b] = total += sum;
+            }
+            for (Long k = 0; k < n; k++) {
+                if (slot[k] != i) continue;
+                // A target that rounds up to the total would land behind the last token of positive probability.
+                const double below = std::nextafter(total, 0.), asked = noise[k] * total, target = asked < below ? asked : below;
+                Long b = 0;
+                while (b < blocks - 1 && !(cdf[b] > target)) b++;
+                const Long start = b * BLOCK, end = start + BLOCK < size ? start + BLOCK : size;
+                double inside[BLOCK], sum = 0;
+                for (Long j = start; j < end; j++) inside[j - start] = sum += exponential(wide(z[j]) * inverse - most);
+                const double limit = std::nextafter(sum, 0.);
+                double rest = target - (b ? cdf[b - 1] : 0.);
+                rest = rest < limit ? rest : limit;
+                Long j = start;
+                while (j < end - 1 && !(inside[j - start] > rest)) j++;
+                token[k] = j;
+                logp[k] = float(wide(z[j]) * inverse - most - std::log(total));
+            }
+        }
+    }
+}
+
+// -- the training pass ---------------------------------------------------------------------------------------------
+
+// The gradient of x / sqrt(mean(x^2) + eps) * weight towards x, rows [n, H].
+template <class T>
+void norm_back(const T* grad, const float* x, const float* weight, float* out, Long n, Long size, float eps) {
+#pragma omp parallel for schedule(static) if (n * size > 16384)
+    for (Long i = 0; i < n; i++) {
+        const float* row = x + i * size;
+        const T* g = grad + i * size;
+        float square = 0, along = 0;
+#pragma omp simd reduction(+ : square, along)
+        for (Long j = 0; j < size; j++) square += row[j] * row[j], along += wide(g[j]) * weight[j] * row[j];
+        const float inverse = 1.f / std::sqrt(square / size + eps), pull = along / size * inverse * inverse * inverse;
+        float* to = out + i * size;
+        for (Long j = 0; j < size; j++) to[j] = wide(g[j]) * weight[j] * inverse - row[j] * pull;
+    }
+}
+
+// silu(gate) * up of two tensors.
+template <class T>
+void gate_up(const T* gate, const T* up, T* out, Long count) {
+#pragma omp parallel for simd schedule(static) if (count > 8192)
+    for (Long i = 0; i < count; i++) {
+        const float g = wide(gate[i]);
+        put(out[i], rounded<T>(g * sigmoid(g)) * wide(up[i]));
+    }
+}
+
+// Its gradients towards both.
+template <class T>
+void gate_up_back(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {
+#pragma omp parallel for simd schedule(static) if (count > 8192)
+    for (Long i = 0; i < count; i++) {
+        const float g = wide(gate[i]), s = sigmoid(g), upstream = wide(grad[i]);
+        put(into_gate[i], upstream * wide(up[i]) * s * (1.f + g * (1.f - s)));
+        put(into_up[i], upstream * (g * s));
+    }
+}
+
+// Heads [tokens, heads, w] turned by their places, then scaled; cos and sin [tokens, w], the same in both halves.
+// `sign` -1 turns them back, which is the gradient.
+template <class T>
+void turn(const T* x, const float* cos, const float* sin, T* out, Long tokens, Long heads, Long w, float sign, float scale) {
+    const Long half = w / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * w > 8192)
+    for (Long t = 0; t < tokens; t++) {
+        const float *c = cos + t * w, *s = sin + t * w;
+        for (Long h = 0; h < heads; h++) {
+            const T* from = x + (t * heads + h) * w;
+            T* to = out + (t * heads + h) * w;
+            for (Long i = 0; i < half; i++) {
+                const float low = wide(from[i]), high = wide(from[i + half]);
+                put(to[i], (low * c[i] - sign * high * s[i]) * scale);
+                put(to[i + half], (high * c[i] + sign * low * s[i]) * scale);
+            }
+        }
+    }
+}
+
+// Rows of logits [n, V], times scale[i] unless null: logp[i] of token[i], and the entropy unless null. With `slopes`
+// the logits become p, and, unless null, `entropy_slopes` becomes -p (log p + entropy).
+template <class T>
+void read_out(T* logits, const Long* token, const float* scale, float* logp, float* entropy, T* entropy_slopes, Long n,
+              Long size, int64_t slopes) {
+#pragma omp parallel for schedule(static)
+    for (Long i = 0; i < n; i++) {
+        T* z = logits + i * size;
+        const float factor = scale ? scale[i] : 1.f;
+        float most = wide(z[0]) * factor;
+#pragma omp simd reduction(max : most)
+        for (Long j = 0; j < size; j++) {
+            const float x = wide(z[j]) * factor;
+            most = x > most ? x : most;
+        }
+        double total = 0, along = 0;
+        for (Long first = 0; first < size; first += 4 * BLOCK) {  // sums of sums: float32 alone loses a digit
+            const Long end = first + 4 * BLOCK < size ? first + 4 * BLOCK : size;
+            float sum = 0, weighted = 0;
+            if (entropy) {
+#pragma omp simd reduction(+ : sum, weighted)
+                for (Long j = first; j < end; j++) {
+                    const float x = wide(z[j]) * factor - most, e = exponential(x);
+                    sum += e, weighted += e > 0.f ? e * x : 0.f;
+                }
+            } else {
+#pragma omp simd reduction(+ : sum)
+                for (Long j = first; j < end; j++) sum += exponential(wide(z[j]) * factor - most);
+            }
+            total += sum, along += weighted;
+        }
+        const float log_total = float(std::log(total)), inverse = float(1. / total), h = float(std::log(total) - along / total);
+        logp[i] = wide(z[token[i]]) * factor - most - log_total;
+        if (entropy) entropy[i] = h;
+        if (!slopes) continue;
+        if (entropy_slopes) {
+            T* to = entropy_slopes + i * size;
+#pragma omp simd
+            for (Long j = 0; j < size; j++) {
+                const float x = wide(z[j]) * factor - most, e = exponential(x);
+                put(to[j], e > 0.f ? -e * inverse * (x - log_total + h) : 0.f);
+            }
+        }
+#pragma omp simd
+        for (Long j = 0; j < size; j++) put(z[j], exponential(wide(z[j]) * factor - most) * inverse);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+#define KERNELS(T, name)                                                                                              \
+    void add_norm_##name(float* x, const T* delta, const float* weight, T* out, Long n, Long size, float eps) {       \
+        add_norm(x, delta, weight, out, n, size, eps);                                                                \
+    }                                                                                                                 \
+    void gated_##name(const T* both, T* out, Long n, Long size) { gated(both, out, n, size); }                        \
+    void attend_##name(const Attend* a) { attend<T>(*a); }                                                            \
+    void draw_##name(const T* logits, const Long* slot, const double* noise, float inverse, Long* token, float* logp, \
+                     Long m, Long n, Long size) {                                                                     \
+        draw(logits, slot, noise, inverse, token, logp, m, n, size);                                                  \
+    }                                                                                                                 \
+    void norm_back_##name(const T* grad, const float* x, const float* weight, float* out, Long n, Long size,          \
+                          float eps) {                                                                                \
+        norm_back(grad, x, weight, out, n, size, eps);                                                                \
+    }                                                                                                                 \
+    void gate_up_##name(const T* gate, const T* up, T* out, Long count) { gate_up(gate, up, out, count); }            \
+    void gate_up_back_##name(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {       \
+        gate_up_back(grad, gate, up, into_gate, into_up, count);                                                      \
+    }                                                                                                                 \
+    void turn_##name(const T* x, const float* cos, const float* sin, T* out, Long tokens, Long heads, Long w,         \
+                     float sign, float scale) {                                                                       \
+        turn(x, cos, sin, out, tokens, heads, w, sign, scale);                                                        \
+    }                                                                                                                 \
+    void read_out_##name(T* logits, const Long* token, const float* scale, float* logp, float* entropy,               \
+                         T* entropy_slopes, Long n, Long size, Long slopes) {                                         \
+        read_out(logits, token, scale, logp, entropy, entropy_slopes, n, size, slopes);                               \
+    }
+KERNELS(float, f32)
+KERNELS(bf16, bf16)
+}
