@@ -43,6 +43,11 @@ def threads_for(small: bool) -> int:
     return 1 if small else max(1, cores() - round(busy()))
 
 
+def cache_folder() -> Path:
+    """Where what is made once lies, converted models and compiled kernels: $TRIMTAB_CACHE, or ~/.cache/trimtab."""
+    return Path(os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab")
+
+
 def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory for the next tensor; whether it is one that can (glibc).
 

@@ -13,7 +13,7 @@ from trimtab.core.edits import YOU
 from trimtab.core.method import Method, show
 from trimtab.core.piece import STAGES
 from trimtab.core.registry import Definition, methods
-from trimtab.machine import busy, cores
+from trimtab.machine import busy, cache_folder, cores
 
 PACKAGES = (
     "torch",
@@ -119,7 +119,7 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
     """(what was found, what to do). Nothing is changed."""
     import torch
 
-    from trimtab.policies.builtin import cache_folder
+    from trimtab import native
 
     held = busy()
     free = shutil.disk_usage(os.path.expanduser("~")).free / 2**30
@@ -130,8 +130,13 @@ def diagnose_machine() -> tuple[dict[str, Any], list[str]]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "disk": f"{free:.0f} GiB free at home",
         "cache": str(cache_folder()),
+        "kernels": native.words(),
     }
     advice = []
+    if native.wanted() and native.compiler() is None:
+        advice.append(
+            "no C++ compiler; with one (g++ or clang++) language models are sampled and trained faster on a CPU"
+        )
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)

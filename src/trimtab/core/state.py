@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab import native
 from trimtab.core import chunks
 from trimtab.core.batch import Batch
 from trimtab.core.chunks import AppendOnly, _digest, _sync
@@ -259,6 +260,7 @@ def here() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "compiled kernels": native.expected(),
     }
 
 

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from trimtab.core.errors import TrimtabWarning
+from trimtab.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # The first flags a compiler takes: not every one has OpenMP, or knows what machine it is on.
@@ -41,14 +42,19 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def expected() -> bool:
+    """Whether kernels are compiled where they are first used."""
+    return wanted() and compiler() is not None
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are not wanted or there is no compiler.
 
     Warns, and gives None, where the compiler fails.
     """
-    found = compiler() if wanted() else None
-    if found is None:
+    found = compiler()
+    if not wanted() or found is None:
         return None
     try:
         return ctypes.CDLL(str(_built(found)))
@@ -73,7 +79,7 @@ def words() -> str:
 
 def cache() -> Path:
     """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "native"
+    return cache_folder() / "native"
 
 
 def _built(compiler: str) -> Path:

@@ -31,13 +31,6 @@ inline void put(bf16& to, float x) {  // to the nearest, ties to even; a nan sta
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
-template <class T>
-inline float rounded(float x) {
-    T t;
-    put(t, x);
-    return wide(t);
-}
-
 constexpr Long LANES = 16, STEP = 2 * LANES;  // of a small product; places behind a row are read up to the next STEP
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -103,7 +96,7 @@ void gated(const T* both, T* out, Long n, Long size) {
 #pragma omp simd
         for (Long j = 0; j < size; j++) {
             float g = wide(gate[j]);
-            put(out[i * size + j], rounded<T>(g * sigmoid(g)) * wide(up[j]));
+            put(out[i * size + j], g * sigmoid(g) * wide(up[j]));
         }
     }
 }
@@ -290,7 +283,7 @@ void gate_up(const T* gate, const T* up, T* out, Long count) {
 #pragma omp parallel for simd schedule(static) if (count > 8192)
     for (Long i = 0; i < count; i++) {
         const float g = wide(gate[i]);
-        put(out[i], rounded<T>(g * sigmoid(g)) * wide(up[i]));
+        put(out[i], g * sigmoid(g) * wide(up[i]));
     }
 }
 

@@ -7,7 +7,6 @@ import copy
 import difflib
 import importlib.util
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from trimtab.core.errors import nearest
+from trimtab.machine import cache_folder
 from trimtab.policies.language import NOTES, LanguagePolicy
 from trimtab.policies.view import PolicyError
 
@@ -86,11 +86,6 @@ def load_policy(
     if compute == torch.bfloat16:
         _narrow_frozen(policy.model)
     return policy
-
-
-def cache_folder() -> Path:
-    """Where converted models lie: $TRIMTAB_CACHE, or ~/.cache/trimtab."""
-    return Path(os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab")
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
