@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,14 +22,9 @@ from trimtab.core.errors import TrimtabWarning
 from trimtab.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# The first flags a compiler takes: not every one has OpenMP, or knows what machine it is on.
-FLAGS = (
-    ("-fopenmp", "-march=native"),
-    ("-fopenmp-simd", "-march=native"),
-    ("-fopenmp-simd", "-mcpu=native"),
-    ("-fopenmp-simd",),
-)
-COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# The first that the compiler takes: not every one knows what processor it is on, or calls it so.
+FLAGS = (("-march=native",), ("-mcpu=native",), ())
+COMMON = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 def wanted() -> bool:
@@ -37,9 +33,12 @@ def wanted() -> bool:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first there is of c++, g++ and clang++."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    """The C++ compiler: $CXX, or the first there is of c++, g++ and clang++.
+
+    Apple's has no OpenMP, so on macOS only $CXX counts.
+    """
+    names = ("c++", "g++", "clang++") if sys.platform != "darwin" else ()
+    return next((found for name in (os.environ.get("CXX"), *names) if name and (found := shutil.which(name))), None)
 
 
 def expected() -> bool:
@@ -73,7 +72,7 @@ def words() -> str:
     if not wanted():
         return "off (TRIMTAB_NATIVE=0): torch's own operations"
     if compiler() is None:
-        return "no C++ compiler (c++, g++ or clang++): torch's own operations, so sampling and training are slower"
+        return "no C++ compiler with OpenMP ($CXX, c++, g++ or clang++): torch's own operations, more slowly"
     return f"compiled with {compiler()}" if library() else "did not compile: torch's own operations"
 
 
