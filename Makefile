@@ -57,7 +57,7 @@ peers: .venv-peers/.installed
 .venv-peers/.installed: constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
-	  trl==1.16.0 transformers peft accelerate datasets stable-baselines3==2.9.2 gymnasium mujoco
+	  trl==1.16.0 transformers peft accelerate datasets stable-baselines3==2.9.2 "gymnasium[mujoco]" mujoco
 	@touch $@
 
 # PEERS=/other/python uses an environment that is there already.

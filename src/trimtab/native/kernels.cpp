@@ -208,6 +208,34 @@ void attend(const Attend& a) {
     }
 }
 
+// Queries and keys of prompts [m, t, (H G + 2 H) w], turned, and values: [m, H G, t, w] and [m, H, t, w] twice.
+template <class T>
+void split(const T* qkv, const float* cos, const float* sin, const float* query_norm, const float* key_norm, T* query, T* key,
+           T* value, Long m, Long t, Long heads, Long groups, Long w, float eps) {
+    const Long queries = heads * groups, all = queries + 2 * heads;
+#pragma omp parallel
+    {
+        std::vector<float> held(2 * w);
+        float *x = held.data(), *to = x + w;
+#pragma omp for schedule(static)
+        for (Long i = 0; i < m * t; i++) {
+            const Long row = i / t, place = i % t;
+            for (Long h = 0; h < all; h++) {
+                const T* from = qkv + (i * all + h) * w;
+                T* out = h < queries         ? query + ((row * queries + h) * t + place) * w
+                         : h < queries + heads ? key + ((row * heads + h - queries) * t + place) * w
+                                               : value + ((row * heads + h - queries - heads) * t + place) * w;
+                if (h >= queries + heads) {
+                    std::memcpy(out, from, w * sizeof(T));
+                    continue;
+                }
+                turned(from, h < queries ? query_norm : key_norm, eps, cos + place * w, sin + place * w, 1.f, x, to, w);
+                for (Long j = 0; j < w; j++) put(out[j], to[j]);
+            }
+        }
+    }
+}
+
 // -- drawing a token -----------------------------------------------------------------------------------------------
 
 constexpr Long BLOCK = 128;  // tokens whose probabilities are summed before any cumulative sum is taken
@@ -375,6 +403,11 @@ extern "C" {
     }                                                                                                                 \
     void gated_##name(const T* both, T* out, Long n, Long size) { gated(both, out, n, size); }                        \
     void attend_##name(const Attend* a) { attend<T>(*a); }                                                            \
+    void split_##name(const T* qkv, const float* cos, const float* sin, const float* query_norm,                      \
+                      const float* key_norm, T* query, T* key, T* value, Long m, Long t, Long heads, Long groups,     \
+                      Long w, float eps) {                                                                            \
+        split(qkv, cos, sin, query_norm, key_norm, query, key, value, m, t, heads, groups, w, eps);                   \
+    }                                                                                                                 \
     void draw_##name(const T* logits, const Long* slot, const double* noise, float inverse, Long* token, float* logp, \
                      Long m, Long n, Long size) {                                                                     \
         draw(logits, slot, noise, inverse, token, logp, m, n, size);                                                  \

@@ -40,6 +40,7 @@ class Kernels:
         self._add_norm = _typed(compiled, f"add_norm_{suffix}", [c_void_p] * 4, [c_int64] * 2, [c_float])
         self._gated = _typed(compiled, f"gated_{suffix}", [c_void_p] * 2, [c_int64] * 2)
         self._attend = _typed(compiled, f"attend_{suffix}", [c_void_p])
+        self._split = _typed(compiled, f"split_{suffix}", [c_void_p] * 8, [c_int64] * 5, [c_float])
         self._draw = _typed(compiled, f"draw_{suffix}", [c_void_p] * 3, [c_float], [c_void_p] * 2, [c_int64] * 3)
         self._norm_back = _typed(compiled, f"norm_back_{suffix}", [c_void_p] * 4, [c_int64] * 2, [c_float])
         self._gate_up = _typed(compiled, f"gate_up_{suffix}", [c_void_p] * 3, [c_int64])
@@ -95,6 +96,22 @@ class Kernels:
         places = cache.places[layer]
         self._attend(ctypes.byref(_Attend(*map(_at, tensors), *places, *map(_at, rows), *numbers, scale, eps)))
         return out
+
+    def split(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, heads: int,
+        width: int, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Turned queries and keys and values, `[m, ., t, width]`, of prompts `[m, t, (H G + 2 H) width]`; H is `heads`.
+
+        cos and sin float32 `[1, t, 1, width]`, as in `attend`.
+        """
+        m, t, size = qkv.shape
+        groups = size // (heads * width) - 2
+        q = qkv.new_empty(m, heads * groups, t, width)
+        k, v = qkv.new_empty(m, heads, t, width), qkv.new_empty(m, heads, t, width)
+        tensors = (qkv.contiguous(), cos.contiguous(), sin.contiguous(), query_norm, key_norm, q, k, v)
+        self._split(*map(_at, tensors), m, t, heads, groups, width, eps)
+        return q, k, v
 
     def draw(self, logits: Tensor, slot: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """`draws.draw` of logits `[m, V]` without top-k and top-p, in two passes over them."""

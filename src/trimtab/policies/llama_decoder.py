@@ -40,6 +40,14 @@ class _Layer:
     query_norm: Any
     key_norm: Any
 
+    @property
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of what queries and keys are normalised with, if they are."""
+        return (
+            None if self.query_norm is None else self.query_norm.weight,
+            None if self.key_norm is None else self.key_norm.weight,
+        )
+
 
 class LlamaDecoder:
     """A `Decoder` with fused copies of the weights.
@@ -133,7 +141,7 @@ class LlamaDecoder:
         turn = self._rotary(x, torch.arange(width, device=device)[None])
         for i, layer in enumerate(self.layers):
             seen = self._norm(x, delta, layer.before_attention)
-            q, k, v = (part.transpose(1, 2).to(self.dtype) for part in self._heads(layer, layer.qkv(seen), *turn))
+            q, k, v = self._split(layer, layer.qkv(seen), *turn)
             self.cache.read(i, slots, k, v)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.groups > 1)
             delta = self._rest(layer, x, out.transpose(1, 2).reshape(m, width, -1))
@@ -172,11 +180,16 @@ class LlamaDecoder:
     def _attend(self, i: int, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One token a row: remember its key and value, and what it reads, `[n, heads w]`."""
         if self.kernels:
-            query_norm, key_norm = (None if n is None else n.weight for n in (layer.query_norm, layer.key_norm))
-            return self.kernels.attend(self.cache, i, qkv, cos, sin, query_norm, key_norm, self.scale, self.eps)
+            return self.kernels.attend(self.cache, i, qkv, cos, sin, *layer.head_norms, self.scale, self.eps)
         q, k, v = self._heads(layer, qkv, cos, sin)
         q = q.unflatten(1, (self.heads, self.groups)) * self.scale
         return self.cache.attend(i, q, k, v).reshape(len(qkv), -1).to(self.dtype)
+
+    def _split(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value of prompts, `[m, heads, t, w]`."""
+        if self.kernels:
+            return self.kernels.split(qkv, cos, sin, *layer.head_norms, self.heads, self.width, self.eps)
+        return tuple(part.transpose(1, 2).to(self.dtype) for part in self._heads(layer, qkv, cos, sin))
 
     def _heads(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key (not rounded yet) and value, `[..., heads, w]`, of `[..., (heads + 2 key heads) w]`."""
