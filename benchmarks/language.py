@@ -21,11 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from trimtab.policies.builtin import load_policy
 from trimtab.report.style import Theme, render, styled, tidy
-from trimtab.runs.meters import beside, machine_words
+from trimtab.runs.meters import beside, machine_rates, machine_words
 
 HERE = Path(__file__).parent
 
@@ -96,12 +97,13 @@ GROWTH = (
     "flat from 128 tokens on; a longer prompt costs more, for it is read (once) and every response token attends to it."
 )
 IN_THE_WAY = (
-    "Only products and attention are counted, so what is missing to 100% is everything else: norms, rotations, softmax "
-    "and casts, which read and write as much as the products at this width (576); attention, whose products are small; "
-    "a rank-16 adapter, whose products are thin; and in decoding some twenty kernels a layer and step, each of "
-    "microseconds, and the draw from 49,152 probabilities a row. Attention of a decoding step as one function under "
-    "torch.compile was tried and left out: at 64 rows 875 tokens/s instead of 747 in the same run, after 16 s of "
-    "compiling; at 8 and 1 rows nothing (416 and 77 instead of 429 and 83)."
+    "Only products and attention are counted, so what is missing to 100% is everything else. What lies between "
+    "products is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; a "
+    "rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the keys "
+    "and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
+    "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and left "
+    "out: attention of a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel takes 15, after "
+    "17 s of compiling; attention of a packed row as a kernel, no faster than torch's batched products of bfloat16."
 )
 
 
@@ -127,11 +129,13 @@ def measured(work: Work, given: argparse.Namespace, folder: str) -> list[dict[st
     size = {**work.asked(given.quick), "threads": given.threads, "repeats": given.repeats, "folder": folder,
             "gguf": given.gguf}  # fmt: skip
     seen: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    torch.set_num_threads(given.threads)
+    rate = machine_rates(torch.bfloat16, torch.device("cpu"))["gflops"]
     with beside() as others:
         for _ in range(given.rounds):
             for side, python in (("ours", sys.executable), ("theirs", given.peers)):
                 seen[side].append(one(python, side, work, size))
-    return [row(work, metric, seen, size, others) for metric in work.goals]
+    return [{**row(work, metric, seen, size, others), "gflops": rate} for metric in work.goals]
 
 
 def row(
@@ -201,22 +205,24 @@ def page(results: dict[str, Any]) -> str:
         "SmolLM2-135M, bfloat16 compute. Ours and theirs by turns, each round a process of its own; medians over the "
         "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again. "
         "llama.cpp is compiled by hand (`benchmarks/llama_cpp_work.py`) and takes the most probable token, where the "
-        "others draw.",
+        "others draw. GFLOP/s is what the machine made of a large bfloat16 product just before: two of this kind differ by "
+        "a factor of two, and a ratio with them; rows without one were measured before compiled kernels, at about 790.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',
         "",
-        "| work | peer | metric | ours | theirs | ratio | goal | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| work | peer | metric | ours | theirs | ratio | goal | GFLOP/s | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results["rows"]:
         ours, theirs = (said(r[side], r["metric"], r["per"]) for side in ("ours", "theirs"))
         note = "; ".join([*(f"{s}: {why}" for s, why in r["failed"].items()), *(["busy"] if r["busy"] else [])])
         ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
         goal = f"{r['goal']:.3g}"
+        speed = f"{r['gflops']:.0f}" if "gflops" in r else "-"
         per = " per response token" if r["per"] != 1 else ""
         lines.append(
-            f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {note} |"
+            f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {speed} | {note} |"
         )
     if any(r["work"].startswith("growth") for r in results["rows"]):
         lines += ["", GROWTH]
