@@ -98,12 +98,13 @@ GROWTH = (
 )
 IN_THE_WAY = (
     "Only products and attention are counted, so what is missing to 100% is everything else. What lies between "
-    "products is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; a "
-    "rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the keys "
+    "products is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; "
+    "a rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the keys "
     "and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
-    "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and left "
-    "out: attention of a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel takes 15, after "
-    "17 s of compiling; attention of a packed row as a kernel, no faster than torch's batched products of bfloat16."
+    "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and "
+    "left out: attention of a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel takes 15, "
+    "after 17 s of compiling; attention of a packed row as a kernel, no faster than torch's batched products of "
+    "bfloat16."
 )
 
 
@@ -205,8 +206,9 @@ def page(results: dict[str, Any]) -> str:
         "SmolLM2-135M, bfloat16 compute. Ours and theirs by turns, each round a process of its own; medians over the "
         "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again. "
         "llama.cpp is compiled by hand (`benchmarks/llama_cpp_work.py`) and takes the most probable token, where the "
-        "others draw. GFLOP/s is what the machine made of a large bfloat16 product just before: two of this kind differ by "
-        "a factor of two, and a ratio with them; rows without one were measured before compiled kernels, at about 790.",
+        "others draw. GFLOP/s is what the machine made of a large bfloat16 product just before: two of this kind "
+        "differ by a factor of two, and ratios with them; rows without one were measured at about 790, before compiled "
+        "kernels.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',
@@ -221,9 +223,8 @@ def page(results: dict[str, Any]) -> str:
         goal = f"{r['goal']:.3g}"
         speed = f"{r['gflops']:.0f}" if "gflops" in r else "-"
         per = " per response token" if r["per"] != 1 else ""
-        lines.append(
-            f"| {r['work']} | {r['peer']} | {r['metric']}{per} | {ours} | {theirs} | {ratio} | {goal} | {speed} | {note} |"
-        )
+        cells = (r["work"], r["peer"], r["metric"] + per, ours, theirs, ratio, goal, speed, note)
+        lines.append(f"| {' | '.join(cells)} |")
     if any(r["work"].startswith("growth") for r in results["rows"]):
         lines += ["", GROWTH]
     return "\n".join([*lines, *(shares(results["phases"]) if "phases" in results else []), ""])
