@@ -13,7 +13,7 @@ from trimtab.core.errors import MethodError
 from trimtab.core.network import Network
 from trimtab.policies import dense
 from trimtab.policies.critic_kinds import _matmul
-from trimtab.policies.dense import StackedLayer, held_by, layers
+from trimtab.policies.dense import StackedLayer, held_by, layers, pullback
 
 torch.set_num_threads(1)
 
@@ -63,8 +63,8 @@ def test_the_faster_library_is_used_where_it_is_there() -> None:
 def test_shapes_of_one_decision_a_row_and_without_a_gradient() -> None:
     stack, x = single(20, 96, 96, 6), torch.randn(128, 1, 20)
     with torch.no_grad():
-        torch.testing.assert_close(layers(x, held_by(stack), torch.relu, "float32")[:, 0].double(), exact(x[:, 0], stack),
-                                   rtol=1e-5, atol=1e-5)  # fmt: skip
+        made = layers(x, held_by(stack), torch.relu, "float32")[:, 0]
+    torch.testing.assert_close(made.double(), exact(x[:, 0], stack).detach(), rtol=1e-5, atol=1e-5)
     assert layers(x, held_by(stack), torch.relu, "float32").shape == (128, 1, 6)
 
 
@@ -92,11 +92,42 @@ def test_it_can_be_differentiated_twice(matmul: str) -> None:
 
     def penalty(y: Tensor) -> list[Tensor]:
         (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return list(torch.autograd.grad(slope.square().sum(), held_by(stack), allow_unused=True, materialize_grads=True))
+        return list(
+            torch.autograd.grad(slope.square().sum(), held_by(stack), allow_unused=True, materialize_grads=True)
+        )
 
     close = 3e-5 if matmul == "float32" else 0.2
     for g, w in zip(penalty(layers(x, held_by(stack), torch.relu, matmul)), penalty(exact(x, stack))):
         assert float((g - w).abs().max()) <= close * max(1e-6, float(w.abs().max()))
+
+
+@pytest.mark.parametrize("matmul", dense.MATMULS)
+@pytest.mark.parametrize("name", STACKS)
+def test_the_pullback_is_autograd_s_gradient(name: str, matmul: str) -> None:
+    if not dense._ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    held, x = held_by(STACKS[name]() if name != "no hidden" else stacked(2, 96, 96)), torch.randn(128, 96)
+    x = x[:, : held[0].shape[-1]]
+    passed = pullback(x, held, torch.relu, matmul)
+    assert passed is not None
+    made, into = passed
+    plain = layers(x, held, torch.relu, matmul)
+    weight = torch.randn_like(plain)
+    assert torch.equal(made, plain)
+    with torch.no_grad():
+        ours = into(weight)
+    for got, wanted, p in zip(ours, torch.autograd.grad((plain * weight).sum(), held), held, strict=True):
+        assert got.shape == p.shape
+        assert torch.equal(got, wanted)
+
+
+def test_no_pullback_where_there_is_none() -> None:
+    held, x = held_by(single(20, 96, 96, 6)), torch.randn(128, 20)
+    assert pullback(x, held, torch.tanh, "float32") is None
+    assert pullback(x[:1], held, torch.relu, "float32") is None
+    assert pullback(x.double(), [p.double() for p in held], torch.relu, "float32") is None
+    held[1].requires_grad_(False)
+    assert pullback(x, held, torch.relu, "float32") is None
 
 
 def test_matmul_is_refused_where_it_would_be_ignored_or_is_unknown() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from trimtab.core.batch import Batch
 
-
 # Results of a policy, and what turns their gradients into those of its parameters.
 Pullback = tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], list[Tensor]]]
 

@@ -68,8 +68,8 @@ def pullback(
         return None
     with torch.no_grad():
         x = x.contiguous()
-        made, read, factors = _forward(x, matmul == "bfloat16" and len(x) >= SMALLEST, held)
-    return made, lambda grad: _into_held(x, held, *_backward(grad.contiguous(), read, factors, True))
+        made, hidden, factors = _forward(x, matmul == "bfloat16" and len(x) >= SMALLEST, held)
+    return made, lambda grad: _into_held(x, held, *_backward(grad.contiguous(), hidden, factors, True))
 
 
 def _suits(x: Tensor, rows: int, weights: Sequence[Tensor]) -> bool:
@@ -108,23 +108,23 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: bool, *held: Tensor) -> Tensor:
-        made, read, factors = _forward(x, half, held)
-        ctx.half, ctx.cuts = half, (len(held), len(held) + len(read))
-        ctx.save_for_backward(x, *held, *read, *factors)
+        made, hidden, factors = _forward(x, half, held)
+        ctx.half, ctx.cuts = half, (len(held), len(held) + len(hidden))
+        ctx.save_for_backward(x, *held, *hidden, *factors)
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         count, end = ctx.cuts
-        held, read, factors = saved[:count], saved[count:end], saved[end:]
+        held, hidden, factors = saved[:count], saved[count:end], saved[end:]
         into_x, into_held = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         if torch.is_grad_enabled():  # it will be differentiated again: by torch's own products
             of = [x] * into_x + held * into_held
             found = list(torch.autograd.grad(_plain(x, ctx.half, held, torch.relu), of, grads, create_graph=True))
             dx = found.pop(0) if into_x else None
             return dx, None, *(found or [None] * count)
-        down, made = _backward(grads[0].contiguous(), read, factors, into_held)
+        down, made = _backward(grads[0].contiguous(), hidden, factors, into_held)
         dx = _product(down, _side_by_side(held)[0].t()) if into_x else None
         return dx, None, *(_into_held(x, held, down, made) if into_held else [None] * count)
 
@@ -142,60 +142,47 @@ def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Tensor, half: bool, held: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The result; what each layer after the first read, and the weights of those layers, as factors of the products."""
-    last, read, factors = len(held) // 2 - 1, [], []
+    last, hidden, factors = len(held) // 2 - 1, [], []
     y = _product(x, *_side_by_side(held), last > 0)
-    if not last:
-        y = _apart(y, held[0])
+    if held[0].dim() == 3:
+        y = y.unflatten(1, (len(held[0]), -1)).transpose(0, 1)
     for i in range(1, last + 1):
         weight, bias = held[2 * i : 2 * i + 2]
         if half and i < last:
             weight, bias = weight.to(torch.bfloat16), bias.to(torch.bfloat16)
-        y = y.to(weight.dtype)
-        if i == 1:
-            y = _apart(y, weight)
-        read.append(y)
+        y = _in_order(y, weight.dtype)
+        hidden.append(y)
         factors.append(weight)
         y = _products(y, weight, bias, i < last)
-    return y.contiguous(), read, factors
+    return y.contiguous(), hidden, factors
 
 
-def _apart(y: Tensor, weight: Tensor) -> Tensor:
-    """What the first layer gave for all members, `[R, E O]`, as what each gave, `[E, R, O]`."""
-    if weight.dim() == 2:
-        return y
-    made = y.unflatten(1, (len(weight), -1)).transpose(0, 1)
-    return made if made.dtype == torch.bfloat16 else made.contiguous()  # see `_product`
-
-
-def _backward(grad: Tensor, read: list[Tensor], factors: list[Tensor], into_held: bool) -> tuple[Tensor, list[Tensor]]:
+def _backward(
+    grad: Tensor, hidden: list[Tensor], factors: list[Tensor], into_held: bool
+) -> tuple[Tensor, list[Tensor]]:
     """The gradient of what the first layer gives, of all members `[R, E O]`, and of all later weights and biases."""
     made: list[Tensor] = []
-    for i in range(len(read) - 1, -1, -1):
-        inside, weight = read[i], factors[i]
-        if into_held:
-            made = [grad.sum(-2, dtype=torch.float32), *made]
+    for read, weight in zip(reversed(hidden), reversed(factors)):
         grad = grad.to(weight.dtype)
         if into_held:
-            made = [_products(grad.mT, inside.mT).float(), *made]
-        grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT, like=inside), inside, 0)
-    return grad.to(torch.float32).movedim(-2, 0).flatten(1), made
+            made = [_products(grad.mT, read.mT).float(), grad.sum(-2, dtype=torch.float32), *made]
+        grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
+    return _in_order(grad.movedim(-2, 0), torch.float32).flatten(1), made
 
 
-def _products(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False, like: Tensor | None = None
-) -> Tensor:
-    """`_product`, of each member where there are some: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`.
+def _in_order(x: Tensor, kind: torch.dtype) -> Tensor:
+    """`x` of this type and without gaps or turned axes (see `_product`), in one pass."""
+    return x.contiguous() if x.dtype == kind else x.to(kind, memory_format=torch.contiguous_format)
 
-    like: whose order in memory the result of a stack is to have.
-    """
+
+def _products(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """`_product`, of each member where there are some: `[E, R, K]`, `[E, C, K]` and `[E, C]` give `[E, R, C]`."""
     if bias is None and a.shape[-1] == 1:
         return a * b.mT
     if a.dim() == 2:
         return _product(a, b, bias, relu)
     if a.dtype == torch.bfloat16 or not _worth(a.shape[1], a.shape[2], b.shape[1]):
-        if bias is None:
-            return torch.bmm(a, b.mT, out=None if like is None else torch.empty_like(like))
-        made = torch.baddbmm(bias[:, None], a, b.mT)
+        made = torch.bmm(a, b.mT) if bias is None else torch.baddbmm(bias[:, None], a, b.mT)
         return made.relu_() if relu else made
     biases = [None] * len(a) if bias is None else bias.unbind()
     return torch.stack([_product(*one, relu) for one in zip(a.unbind(), b.unbind(), biases)])
@@ -204,8 +191,8 @@ def _products(
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """`a b^T + bias` of matrices `[R, K]` and `[C, K]`, with ReLU or without, by the faster library.
 
-    Factors of bfloat16 give a result of bfloat16; the products are summed in float32. The rows of a float32 matrix, or
-    its columns, must follow each other in memory: of a view with gaps oneDNN makes products a hundred times slower.
+    Factors of bfloat16 give a result of bfloat16; the products are summed in float32. The rows of a matrix, or its
+    columns, must follow each other in memory: of a view with gaps oneDNN makes products a hundred times slower.
     """
     if a.dtype == torch.bfloat16 and bias is None:
         return a @ b.t()
