@@ -163,9 +163,10 @@ def _backward(
     """The gradient of what the first layer gives, of all members `[R, E O]`, and of all later weights and biases."""
     made: list[Tensor] = []
     for read, weight in zip(reversed(hidden), reversed(factors)):
+        bias = grad.sum(-2, dtype=torch.float32) if into_held else None  # of numbers that are not rounded yet, if any
         grad = grad.to(weight.dtype)
-        if into_held:
-            made = [_products(grad.mT, read.mT).float(), grad.sum(-2, dtype=torch.float32), *made]
+        if bias is not None:
+            made = [_products(grad.mT, read.mT).float(), bias, *made]
         grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
     return _in_order(grad.movedim(-2, 0), torch.float32).flatten(1), made
 
