@@ -169,6 +169,15 @@ def test_picked_rows_are_taken_rows() -> None:
     assert more.pick(torch.tensor([2]))["y"].tolist() == [[2, 3]]
     assert picked.same("one") == 1
     assert more.put(one=torch.zeros(3, 2)).same("one") == 0
+    short, cut = batch.pick(torch.tensor([5, 3, 4, 1, 1])).cuts([2, 3])
+    assert short["x"].tolist() == [5, 3]
+    assert len(cut) == 3
+    assert cut.same("one") == 1
+    for name in batch:
+        a, b = cut[name], taken[name]
+        assert a == b if isinstance(a, list) else torch.equal(a, b)
+    assert cut.put(x=torch.zeros(3))["x"].tolist() == [0, 0, 0]
+    assert cut.pick(torch.tensor([1]))["y"].tolist() == cut.take(torch.tensor([1]))["y"].tolist() == [[2, 3]]
     assert len(batch.pick(torch.tensor([True, False, True, False, False, False]))) == 2
 
 
