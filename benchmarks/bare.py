@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.core.registry import find
 from trimtab.environments.gym import GymEnvironment
 from trimtab.environments.transition import episode_seed
-from trimtab.policies.dense import layers
+from trimtab.policies.dense import held_by, layers
 from trimtab.policies.networks import build_networks
 
 Models = dict[str, Any]
@@ -66,7 +66,7 @@ class Episodes:
 
 def q_values(critic: Any, obs: Tensor, action: Tensor) -> Tensor:
     """`[E, R]`."""
-    return layers(torch.cat([obs, action], 1), critic.layers, torch.relu, critic.matmul)[..., 0]
+    return layers(torch.cat([obs, action], 1), held_by(critic.layers), torch.relu, critic.matmul)[..., 0]
 
 
 def drawn(actor: Any, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,10 @@ from trimtab.core.batch import Batch
 from trimtab.core.closure import Closure, Gradient
 from trimtab.core.loop import run
 from trimtab.core.registry import find
+from trimtab.environments.toy import PointEnvironment
 from trimtab.methods.cases import case
+from trimtab.policies import dense
+from trimtab.policies.networks import build_networks
 from trimtab.stages.update import _fused, descend
 
 
@@ -63,6 +66,46 @@ def test_no_short_cut_where_it_would_be_wrong() -> None:
     assert policy.pullback(batch, want) is None
     wide = k.models_of(find("ppo")(action_map="tanh"))["policy"]
     assert wide.pullback(batch, want) is None  # type: ignore[operator]
+
+
+def gradient_by_both(model: Any, batch: Batch, want: frozenset[str]) -> tuple[list[Any], list[Any]]:
+    """Of the same random weighing of every result: by the model's own chain rule, and by autograd."""
+    made, back = model.pullback(batch, want)
+    plain = model.evaluate(batch, want)
+    assert made.keys() == plain.keys() == want
+    weigh = {n: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v.dtype) for n, v in plain.items()}
+    total = torch.stack([(value * weigh[name]).sum() for name, value in plain.items()]).sum()
+    for name, value in plain.items():
+        torch.testing.assert_close(made[name], value.detach(), rtol=0, atol=0)
+    with torch.no_grad():
+        ours = back(weigh)
+    return ours, list(torch.autograd.grad(total, list(model.parameters())))
+
+
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+def test_critics_and_temperatures_have_a_gradient_of_their_own(matmul: str) -> None:
+    if not dense._ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    method = find("sac")(hidden=(96, 96), matmul=matmul, warmup=10, batch=128)
+    environment = PointEnvironment()
+    models = build_networks(method, environment, 0)
+    batch = next(run(method, environment, models, until=1)).batch
+    batch = batch.put(obs=batch["obs"].float(), action=batch["action"].float())
+    critic: Any = models["critic"]
+    temperature: Any = models["temperature"]
+    for ours, theirs in zip(*gradient_by_both(critic, batch, frozenset({"value"})), strict=True):
+        assert torch.equal(ours, theirs)
+    for want in ({"temperature"}, {"log_temperature"}, {"temperature", "log_temperature"}):
+        (ours,), (theirs,) = gradient_by_both(temperature, batch, frozenset(want))
+        torch.testing.assert_close(ours, theirs)
+    assert critic.pullback(batch, frozenset({"first"})) is None
+    padded = batch["mask"].clone()
+    padded[0] = False
+    assert critic.pullback(batch.put(mask=padded), frozenset({"value"})) is None
+    next(critic.parameters()).requires_grad_(False)
+    temperature.requires_grad_(False)
+    assert critic.pullback(batch, frozenset({"value"})) is None
+    assert temperature.pullback(batch, frozenset({"temperature"})) is None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
@@ -126,6 +169,15 @@ def test_picked_rows_are_taken_rows() -> None:
     assert more.pick(torch.tensor([2]))["y"].tolist() == [[2, 3]]
     assert picked.same("one") == 1
     assert more.put(one=torch.zeros(3, 2)).same("one") == 0
+    short, cut = batch.pick(torch.tensor([5, 3, 4, 1, 1])).cuts([2, 3])
+    assert short["x"].tolist() == [5, 3]
+    assert len(cut) == 3
+    assert cut.same("one") == 1
+    for name in batch:
+        a, b = cut[name], taken[name]
+        assert a == b if isinstance(a, list) else torch.equal(a, b)
+    assert cut.put(x=torch.zeros(3))["x"].tolist() == [0, 0, 0]
+    assert cut.pick(torch.tensor([1]))["y"].tolist() == cut.take(torch.tensor([1]))["y"].tolist() == [[2, 3]]
     assert len(batch.pick(torch.tensor([True, False, True, False, False, False]))) == 2
 
 

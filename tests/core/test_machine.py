@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,11 @@ def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch)
     code = "from trimtab.machine import keep_freed_memory; print(keep_freed_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str("glibc" in platform.libc_ver())
+
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        code += "; print(*(m for m in open('/proc/self/smaps') if m.startswith('VmFlags') and ' hg' in m))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ("hg" in done.stdout) == ("glibc" in platform.libc_ver()), "large pages were asked for"
 
     def missing(name: str) -> None:
         raise OSError(name)

@@ -478,6 +478,21 @@ def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.Monkey
     assert torch.equal(policy.logits.detach(), before)
 
 
+def test_steps_that_grew_too_long_are_refused_with_what_to_set() -> None:
+    def ended(method: Method) -> str:
+        environment, policy = fresh(2)
+        turns = run(method, environment, {"policy": policy}, until=3)
+        next(turns)
+        with torch.no_grad():
+            policy.logits.fill_(float("nan"))
+        with pytest.raises(NonFiniteError) as error:
+            next(turns)
+        return str(error.value)
+
+    assert "set update.unit=True" in ended(find("harpg")(find("gpomdp")()))
+    assert "set update.unit=True" not in ended(find("harpg")(find("gpomdp")(), preset="normalised")), "it is set"
+
+
 # -- the baseline ----------------------------------------------------------------------------------------------------
 
 

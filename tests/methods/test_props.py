@@ -20,6 +20,7 @@ from trimtab.core.piece import piece
 from trimtab.core.registry import find
 from trimtab.environments.tabular import grid
 from trimtab.environments.toy import PointEnvironment
+from trimtab.methods.cases import case
 from trimtab.methods.control.props import behaving, keeping
 from trimtab.policies.networks import build_networks
 from trimtab.policies.tabular import TableSoftmax
@@ -231,6 +232,13 @@ def test_what_cannot_be_is_refused() -> None:
             find(twice[0])(find(twice[1])())
     with pytest.raises(MethodError, match="no option 'horizon'"):
         find("buffered")(find("gpomdp")())
+
+
+def test_numbered_actions_are_told_what_to_set() -> None:
+    k = case("choices", 0)
+    method = k.shrink(find("props")(find("ppo")()))
+    with pytest.raises(MethodError, match=r"wants 'mean' .* props\(kl_coef=0\), .* props\(preset='discrete'\)"):
+        next(run(method, k.environment, k.models_of(method), until=1))
 
 
 # -- the meter (checks 8 and 9) ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,10 +41,14 @@ class Guard:
 
 
 class Picked(Mapping[str, Column]):
-    """The columns of some rows of a batch, each gathered when it is first read."""
+    """The columns of some rows of a batch, each gathered when it is first read; of a slice, looked at in place."""
 
-    def __init__(self, source: Mapping[str, Column], rows: Tensor, own: dict[str, Column]) -> None:
+    def __init__(self, source: Mapping[str, Column], rows: Tensor | slice, own: dict[str, Column]) -> None:
         self.source, self.rows, self.own = source, rows, own
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else self.rows.shape[0]
 
     def __getitem__(self, name: str) -> Column:
         if name not in self.own:
@@ -60,7 +65,9 @@ class Picked(Mapping[str, Column]):
         return len({*self.source, *self.own})
 
 
-def _gathered(column: Column, rows: Tensor) -> Column:
+def _gathered(column: Column, rows: Tensor | slice) -> Column:
+    if isinstance(rows, slice):
+        return column[rows]
     if isinstance(column, Tensor):
         return column.index_select(0, rows.to(column.device))
     return [column[i] for i in rows.tolist()]
@@ -119,7 +126,7 @@ class Batch(Mapping[str, Column]):
     def __len__(self) -> int:
         """The number of rows `N`."""
         if isinstance(self.columns, Picked):
-            return self.columns.rows.shape[0]
+            return self.columns.count
         return _length(next(iter(self.columns.values()))) if self.columns else 0
 
     def __contains__(self, name: object) -> bool:
@@ -183,6 +190,13 @@ class Batch(Mapping[str, Column]):
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         known = {k: v for k, v in self._known.items() if v is not None}
         return Batch._sound(Picked(self.columns, index, {}), self.guard, known)
+
+    def cuts(self, lengths: Sequence[int]) -> list[Batch]:
+        """So many rows after each other, in place: a column of a picked batch is gathered once for all of them."""
+        known = {k: v for k, v in self._known.items() if v is not None}
+        ends = list(accumulate(lengths))
+        return [Batch._sound(Picked(self.columns, slice(end - n, end), {}), self.guard, dict(known))
+                for n, end in zip(lengths, ends)]  # fmt: skip
 
     def to(self, device: torch.device | str) -> Batch:
         """The same columns on another device."""

@@ -161,8 +161,14 @@ def _wants(method: Method, pieces: tuple[Piece, ...], model: str, models: Mappin
     for p in pieces:
         unmet = sorted(p.union("wants") - provides)
         if unmet:
+            advice = next((q.unmet for q in p.walk() if q.unmet and not q.wants <= provides), _NO_LIKELIHOOD)
             raise MethodError(
                 f"{p.name} of {method.name} wants {unmet[0]!r} from the model {model!r}, which provides "
-                f"{sorted(provides) or 'nothing'}. A policy without likelihoods cannot be trained with a "
-                f"likelihood-ratio surrogate; choose a method whose losses it can answer."
+                f"{sorted(provides) or 'nothing'}. {advice}"
             )
+
+
+_NO_LIKELIHOOD = (
+    "A policy without likelihoods cannot be trained with a likelihood-ratio surrogate; choose a method whose losses it "
+    "can answer."
+)

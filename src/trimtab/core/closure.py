@@ -44,7 +44,7 @@ class Gradient:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # what get_total_norm comes to
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # see `Term`
 class Weighted:
     """An un-reduced term with its weights: `sum()` is its share of the loss."""
 

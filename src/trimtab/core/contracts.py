@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab.core.batch import Batch
+
+# Results of a policy, and what turns their gradients into those of its parameters.
+Pullback = tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], list[Tensor]]]
 
 
 class Policy(Protocol):

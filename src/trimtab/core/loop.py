@@ -144,8 +144,8 @@ def updates(state: State, kit: Kit, batch: Batch) -> None:
     stopped: set[str] = set()
     for sweep in range(method.passes):
         parts: list[Any] = [None] if ids is None else split(ids, method.rows, kit.rng("shuffle"))
-        for i, part in enumerate(parts):
-            rows = batch if len(parts) == 1 else batch.pick(part)
+        cuts = [batch] if len(parts) == 1 else batch.pick(torch.cat(parts)).cuts([len(part) for part in parts])
+        for i, rows in enumerate(cuts):
             last = sweep == method.passes - 1 and i == len(parts) - 1
             rows = scoped(kit, rows, method.pieces, "policy")
             for track in method.tracks:

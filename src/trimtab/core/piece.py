@@ -60,6 +60,7 @@ class Piece:
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset()
+    unmet: str = ""
     uses: Callable[[Mapping[str, Any]], tuple[str, ...]] | tuple[str, ...] = ()
     at: str = "batch"
     state: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -241,6 +242,7 @@ def piece(
     reads: tuple[str, ...] = (),
     writes: tuple[str, ...] = (),
     wants: tuple[str, ...] = (),
+    unmet: str = "",
     uses: Callable[[Mapping[str, Any]], tuple[str, ...]] | tuple[str, ...] = (),
     at: str = "batch",
     state: Mapping[str, Callable[..., Any]] | None = None,
@@ -255,8 +257,8 @@ def piece(
 
     stage: one of `STAGES`, or "part" for what lives inside another piece.
     slot: its address in a method; the stage itself for collect, credit and update, else the function's name.
-    reads, writes: columns. wants: what `evaluate` of the track's model must return. uses: other models, by name,
-    or `options -> names`.
+    reads, writes: columns. wants: what `evaluate` of the track's model must return. unmet: what to do where the model
+    cannot, a sentence. uses: other models, by name, or `options -> names`.
     state: `{key: make(kit, options)}`, built when a run begins; pieces of one track that declare one key share it.
     validate: `options -> sentence` when they contradict each other.
     idle: `batch -> bool [N]`, rows for which a loss and its gradient are exactly zero; the forward pass skips them.
@@ -281,6 +283,7 @@ def piece(
             reads=frozenset(reads),
             writes=frozenset(writes),
             wants=frozenset(wants),
+            unmet=unmet,
             uses=uses,
             at=at,
             state=dict(state or {}),

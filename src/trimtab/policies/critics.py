@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
-from trimtab.core.contracts import Decision
-from trimtab.policies.dense import StackedLayer, layers
+from trimtab.core.contracts import Decision, Pullback
+from trimtab.policies.dense import StackedLayer, held_by, layers, pullback
 from trimtab.policies.layers import ACTIVATIONS, MLP, Inputs
 
 
@@ -37,22 +37,27 @@ class Ensemble(nn.Module):
         self.layers = nn.ModuleList(StackedLayer(count, a, b, inputs.dtype) for a, b in pairwise(widths))
 
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
-        obs, action = self.inputs(batch["obs"]), batch["action"]
-        x = torch.cat([obs, action.flatten(2)], -1)
-        n, length, _ = x.shape
-        stack: Any = self.layers
+        held = held_by(self.layers)
         if want == {"first"}:
-            stack = [_First(layer) for layer in stack]
-        made = layers(x.flatten(0, 1), stack, self.activation, self.matmul)
-        value = each(made.reshape(-1, n, length).movedim(0, -1), batch)
+            held = [p[:1] for p in held]
+        made = layers(self._seen(batch), held, self.activation, self.matmul)
+        value = each(made.view(-1, *batch["mask"].shape).movedim(0, -1), batch)
         return {k: value if k == "value" else value[..., 0] for k in want & self.provides}
 
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """See `contracts.Policy.evaluate`; of `value` where every decision is our policy's."""
+        if want != {"value"} or batch.same("mask") != 1:
+            return None
+        passed = pullback(self._seen(batch), held_by(self.layers), self.activation, self.matmul)
+        if passed is None:
+            return None
+        made, into = passed
+        value = made.view(-1, *batch["mask"].shape).movedim(0, -1)
+        return {"value": value}, lambda grads: into(grads["value"].movedim(-1, 0).reshape(made.shape))
 
-class _First:
-    """The first of the layers in a stack."""
-
-    def __init__(self, layer: StackedLayer) -> None:
-        self.weight, self.bias = layer.weight[:1], layer.bias[:1]
+    def _seen(self, batch: Batch) -> Tensor:
+        """Observation and action side by side, a row each decision."""
+        return torch.cat([self.inputs(batch["obs"]), batch["action"].flatten(2)], -1).flatten(0, 1)
 
 
 class QValues(nn.Module):
@@ -96,3 +101,12 @@ class Temperature(nn.Module):
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
         made = {"log_temperature": self.log, "temperature": self.log.exp()}
         return {name: made[name].expand(batch["mask"].shape) for name in want & self.provides}
+
+    def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
+        """See `contracts.Policy.evaluate`."""
+        if not self.log.requires_grad:
+            return None
+        with torch.no_grad():
+            made = self.evaluate(batch, want)
+            slope = {"log_temperature": torch.ones_like(self.log), "temperature": self.log.exp()}
+        return made, lambda grads: [torch.stack([slope[n] * g.sum() for n, g in grads.items()]).sum()]

@@ -35,15 +35,19 @@ class StackedLayer(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
 
-def layers(x: Tensor, stack: Iterable[Any], activation: Callable[[Tensor], Tensor], matmul: str) -> Tensor:
-    """Through every layer of `stack`, the activation after all but the last: `[..., I] -> [..., O]`.
+def held_by(stack: Iterable[Any]) -> list[Tensor]:
+    """Weight and bias of each layer, in order."""
+    return [p for layer in stack for p in layer._parameters.values()]  # quicker than `layer.weight` and `layer.bias`
 
-    A layer has a `weight` `[O, I]` and a `bias` `[O]`; or `[E, O, I]` and `[E, O]`, and then x is `[R, I]` and the
+
+def layers(x: Tensor, held: Sequence[Tensor], activation: Callable[[Tensor], Tensor], matmul: str) -> Tensor:
+    """Through every layer of `held`, the activation after all but the last: `[..., I] -> [..., O]`.
+
+    held: weight and bias of each layer, `[O, I]` and `[O]`; or `[E, O, I]` and `[E, O]`, and then x is `[R, I]` and the
     result `[E, R, O]`. matmul: "bfloat16" rounds the factors of the products between hidden layers, which are nearly
     all the work; the first layer reads observations and the last one gives numbers that are compared: both stay in
     float32. A few rows alone (an actor's decisions) are not rounded: there is nothing to gain.
     """
-    held = [p for layer in stack for p in (layer.weight, layer.bias)]
     rows = x.numel() // x.shape[-1]
     half = matmul == "bfloat16" and rows >= SMALLEST
     if activation is torch.relu and _suits(x, rows, held[::2]):
@@ -53,11 +57,26 @@ def layers(x: Tensor, stack: Iterable[Any], activation: Callable[[Tensor], Tenso
     return _plain(x, half, held, activation)
 
 
-def _suits(x: Tensor, rows: int, weights: list[Tensor]) -> bool:
+def pullback(
+    x: Tensor, held: Sequence[Tensor], activation: Callable[[Tensor], Tensor], matmul: str
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]] | None:
+    """`layers` of `[R, I]`, and what turns the gradient of its result into that of `held`: autograd's, without a graph.
+
+    None where these layers are not worth oneDNN, or trained only in part.
+    """
+    if activation is not torch.relu or not _suits(x, len(x), held[::2]) or not all(p.requires_grad for p in held):
+        return None
+    with torch.no_grad():
+        x = x.contiguous()
+        made, hidden, factors = _forward(x, matmul == "bfloat16" and len(x) >= SMALLEST, held)
+    return made, lambda grad: _into_held(x, held, *_backward(grad.contiguous(), hidden, factors, True))
+
+
+def _suits(x: Tensor, rows: int, weights: Sequence[Tensor]) -> bool:
     """Whether one of these layers is worth oneDNN."""
-    if not _ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
+    if rows < SMALLEST or not _ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    return any(_worth(rows, *w.shape[-2:]) for w in weights)
+    return any(_worth(rows, w.shape[-1], w.shape[-2]) for w in weights)
 
 
 def _worth(rows: int, inputs: int, outputs: int) -> bool:
@@ -107,11 +126,13 @@ class _Relu(torch.autograd.Function):
             return dx, None, *(found or [None] * count)
         down, made = _backward(grads[0].contiguous(), hidden, factors, into_held)
         dx = _product(down, _side_by_side(held)[0].t()) if into_x else None
-        if not into_held:
-            return dx, None, *[None] * count
-        weight = _product(x.t(), down.t()).t().contiguous()  # in this order oneDNN takes half the time
-        made = [weight, down.sum(0), *made]
-        return dx, None, *(m.view(p.shape) for m, p in zip(made, held))
+        return dx, None, *(_into_held(x, held, down, made) if into_held else [None] * count)
+
+
+def _into_held(x: Tensor, held: Sequence[Tensor], down: Tensor, made: list[Tensor]) -> list[Tensor]:
+    """The gradients of all weights and biases, from what `_backward` gives."""
+    weight = _product(x.t(), down.t()).t().contiguous()  # in this order oneDNN takes half the time
+    return [m.view(p.shape) for m, p in zip([weight, down.sum(0), *made], held)]
 
 
 def _side_by_side(held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -142,9 +163,10 @@ def _backward(
     """The gradient of what the first layer gives, of all members `[R, E O]`, and of all later weights and biases."""
     made: list[Tensor] = []
     for read, weight in zip(reversed(hidden), reversed(factors)):
+        bias = grad.sum(-2, dtype=torch.float32) if into_held else None  # of numbers that are not rounded yet, if any
         grad = grad.to(weight.dtype)
-        if into_held:
-            made = [_products(grad.mT, read.mT).float(), grad.sum(-2, dtype=torch.float32), *made]
+        if bias is not None:
+            made = [_products(grad.mT, read.mT).float(), bias, *made]
         grad = torch.ops.aten.threshold_backward(_products(grad, weight.mT), read, 0)
     return _in_order(grad.movedim(-2, 0), torch.float32).flatten(1), made
 

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError, nearest
-from trimtab.policies.dense import layers
+from trimtab.policies.dense import held_by, layers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "silu": F.silu}
 GAINS = {"tanh": math.sqrt(2), "relu": math.sqrt(2), "silu": math.sqrt(2)}  # of hidden layers, orthogonally begun
@@ -82,7 +82,7 @@ class MLP(nn.Module):
             for one in held[:-1]:
                 x = self.activation(F.linear(x, one["weight"], one["bias"]))  # type: ignore[arg-type]
             return F.linear(x, held[-1]["weight"], held[-1]["bias"])  # type: ignore[arg-type]
-        return layers(x, self.layers, self.activation, self.matmul)
+        return layers(x, held_by(self.layers), self.activation, self.matmul)
 
     def pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]] | None:
         """`forward` of `[R, I]`, and what turns the gradient of its result into that of `parameters()`, in order.

@@ -7,7 +7,7 @@ distributions are apart: `divergence` of what `evaluate` calls "distribution".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
-from trimtab.core.contracts import Decision
+from trimtab.core.contracts import Decision, Pullback
 from trimtab.policies.layers import MLP, Inputs
 
-Pullback = tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], list[Tensor]]]
 VALUE = frozenset({"value"})
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 EDGE = 1e-6  # how close to the ends of its interval a tanh action may come, as a share of half the interval

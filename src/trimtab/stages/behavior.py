@@ -102,7 +102,9 @@ def repair(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 0.3) -> list
     return [Term(value, "repair"), Term((rho - 1 - d).detach(), "behavior_kl", metric=True)]
 
 
-@piece("loss", slot="held", reads=("mean_target", "std_target", "mask"), wants=("mean", "std"))
+@piece("loss", slot="held", reads=("mean_target", "std_target", "mask"), wants=("mean", "std"),
+       unmet="This term is the KL of two Gaussians, and actions that are numbered have none: leave it out with "
+             "props(kl_coef=0), or take all numbers for such actions with props(preset='discrete').")  # fmt: skip
 def held(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.1) -> Term:
     """`coef KL(phi || pi)` of two diagonal Gaussians, the mean over the numbers of an action, `[N, T]`.
 

@@ -61,21 +61,32 @@ def _step_sane(options: Mapping[str, Any]) -> str | None:
     return None if isinstance(lr, Schedule) or lr >= 0 else f"lr={lr} must be at least 0"
 
 
+_LONG_STEPS = (
+    "Steps are lr |d| long here, and d is a sum over the decisions of an episode: long episodes or large rewards make "
+    "them long. Look at direction_norm of the turns before: lr times it is how far the parameters moved. Lower "
+    "update.lr, or set update.unit=True (harpg's preset 'normalised' does) for steps of length lr whatever the rewards."
+)
+
+
 @piece("update", validate=_step_sane)
 def follow(
     kit: Kit, closure: Closure, *, direction: Callable[[Closure], Vector], lr: float, unit: bool = False
 ) -> tuple[dict[str, float | Tensor], bool]:
     """`theta <- theta - lr d`, or `theta - lr d / |d|` with `unit`; `d = 0` does not move.
 
-    `|d|` is the l2 norm over all parameters of the track. Raises NonFiniteError, before anything moves, when it is nan
-    or infinite.
+    `|d|` is the l2 norm over all parameters of the track. Raises NonFiniteError, before anything moves, when it or what
+    it is made of is nan or infinite.
     """
-    d = direction(closure)
+    remedy = "" if unit else f" {_LONG_STEPS}"
+    try:
+        d = direction(closure)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}{remedy}") from error
     norm = float(torch.nn.utils.get_total_norm(list(d.values())))
     if not norm < float("inf"):
         raise NonFiniteError(
             f"the direction of track {closure.track.name!r} is not finite at update {kit.clock.updates}; no parameter "
-            f"was changed. A step that is too large for its curvature gives this: lower lr."
+            f"was changed. A step that is too large for its curvature gives this: lower lr.{remedy}"
         )
     scale = (lr / norm if norm > 0 else 0.0) if unit else lr
     with torch.no_grad():

@@ -44,15 +44,16 @@ class Ring(AppendOnly):
         dtype = columns[0].dtype
         if not self._shapes:
             self._begin([tuple(c.shape[1:]) for c in columns], not columns[1].is_floating_point(), dtype)
-        new = torch.cat([c.reshape(len(c), -1).to(dtype) for c in columns], 1)
+        count = columns[0].shape[0]
+        new = torch.cat([c.reshape(count, -1).to(dtype) for c in columns], 1)
         at = self.total % self.capacity
-        if at + len(new) <= self.capacity:
-            self.rows[at : at + len(new)] = new
+        if at + count <= self.capacity:
+            self.rows[at : at + count] = new
         else:
-            places = torch.arange(self.total, self.total + len(new)) % self.capacity
-            kept = slice(max(0, len(new) - self.capacity), None)
+            places = torch.arange(self.total, self.total + count) % self.capacity
+            kept = slice(max(0, count - self.capacity), None)
             self.rows[places[kept]] = new[kept]
-        self.total += len(new)
+        self.total += count
 
     def _begin(self, shapes: list[tuple[int, ...]], numbered: bool, dtype: torch.dtype) -> None:
         self._shapes, self._numbered = shapes, numbered

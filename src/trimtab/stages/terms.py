@@ -115,5 +115,6 @@ def entropy_bonus(batch: Batch, now: Mapping[str, Tensor], *, coef: float = 0.01
 @piece("loss", slot="approx_kl", reads=("logp_old", "mask"), wants=("logp",), rows="policy")
 def approx_kl(batch: Batch, now: Mapping[str, Tensor]) -> Term:
     """A metric: `KL(pi_old || pi)` estimated on sampled decisions, `(r - 1) - log r` (Schulman 2020, k3)."""
-    d = (now["logp"].detach() - old_logp(batch, now)) * batch["mask"]
+    d = now["logp"].detach() - old_logp(batch, now)
+    d = d if batch.same("mask") == 1 else d * batch["mask"]
     return Term(torch.expm1(d) - d, "approx_kl", metric=True)

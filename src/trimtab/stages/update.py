@@ -99,10 +99,13 @@ def _fused(
 
     False, and nothing done, before the first step of any parameter, or where they differ in type, place or age.
     """
-    held: list[Any] = [optimizer.state.get(p) for p in parameters]
-    first = parameters[0]
-    if not first.is_cpu or not all(held) or any(p.dtype != first.dtype or not p.is_cpu for p in parameters):
-        return False
+    held: list[Any] = []
+    state, kind = optimizer.state, parameters[0].dtype
+    for p in parameters:
+        mine = state.get(p)
+        if not mine or p.dtype != kind or not p.is_cpu:
+            return False
+        held.append(mine)
     step = held[0]["step"]
     for h in held:
         if h["step"] is not step:
@@ -111,7 +114,7 @@ def _fused(
             h["step"] = step  # parameters of one age share one count
     step += 1
     by = None
-    if scale < 1 and first.dtype == torch.float32:
+    if scale < 1 and kind == torch.float32:
         by = torch.tensor(1 / scale)  # the kernel divides by it, and has it in float32
     elif scale < 1:
         torch._foreach_mul_(grads, scale)

@@ -43,6 +43,8 @@ def harpg(
     eta0, eta_decay: `eta_t = eta0 (2 / (t + 2))^eta_decay`, at most 1. count: episodes from theta^ a batch; none are
     played while eta_t is 1. outer: factor of the outer product `grad Phi (grad log p)^T`; only 1 is unbiased.
 
+    Without unit a step is `lr_t |d_t|` long, and |d| grows with the length of episodes and their rewards: it begins at
+    2e4 on Pendulum-v1, where an lr of 1e-6 holds and the default does not.
     Needs a policy that can be differentiated twice with effect: tanh layers, not ReLU. The released code has the sign
     of the outer product wrong, multiplies batch means instead of averaging products, and averages log-probabilities
     over steps; we follow the paper.
