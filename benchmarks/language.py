@@ -99,8 +99,8 @@ GROWTH = (
 IN_THE_WAY = (
     "Only products and attention are counted, so what is missing to 100% is everything else. What lies between "
     "products is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; "
-    "a rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the keys "
-    "and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
+    "a rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the "
+    "keys and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
     "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and "
     "left out: attention of a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel takes 15, "
     "after 17 s of compiling; attention of a packed row as a kernel, no faster than torch's batched products of "
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs, by turns")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of one process, after one to warm up")
-    parser.add_argument("--only", default="", help="works whose name holds this text")
+    parser.add_argument("--only", default="", help="works whose name / peer holds this text")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the driver")
     parser.add_argument("--again", action="store_true", help="run works that are in the results too")
     given = parser.parse_args()
@@ -304,7 +304,7 @@ def main() -> None:
     write()
     for work in works():
         done = not given.again and any(key[:2] == (work.name, work.peer) for key in rows)
-        if given.only not in work.name or done:
+        if given.only not in f"{work.name} / {work.peer}" or done:
             continue
         for r in measured(work, given, folder):
             rows[r["work"], r["peer"], r["metric"]] = r
