@@ -21,12 +21,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _gathered(module: nn.Module, kind: str, prefix: str, found: dict[str, Any], seen: set[int]) -> dict[str, Any]:
-    for name, value in module.__dict__[kind].items():
+    held = module.__dict__
+    for name, value in held[kind].items():
         if value is not None and id(value) not in seen:
             seen.add(id(value))
             found[prefix + name] = value
-    for name, inside in module._modules.items():
-        if inside is not None and id(inside) not in seen:
-            seen.add(id(inside))
+    for name, inside in held["_modules"].items():  # one that is there twice brings nothing new the second time
+        if inside is not None:
             _gathered(inside, kind, f"{prefix}{name}.", found, seen)
     return found
