@@ -156,6 +156,14 @@ def test_nan_goes_in_and_comes_out(dtype: torch.dtype) -> None:
     assert k.add_norm(odd.clone(), None, torch.ones(1), 1e-5).isnan().all()
 
 
+@compiled
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    logits, logp = torch.zeros(2, 5), torch.zeros(2)
+    for token in (-1, 5):
+        with pytest.raises(IndexError, match="the logits are of 5"):
+            kernels(torch.float32).read_out(logits, torch.tensor([0, token]), None, logp, None, None, slopes=False)
+
+
 # -- together -------------------------------------------------------------------------------------------------------
 @compiled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -55,12 +55,14 @@ class Kernels:
 
     # -- decoding -----------------------------------------------------------------------------------------------
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """`x += delta` in place, and `x / sqrt(mean(x^2) + eps) * weight`; float32 `[..., H]`."""
+        """`x += delta` in place, and `x / sqrt(mean(x^2) + eps) * weight`; float32 `[..., H]`, without gaps."""
+        assert x.is_contiguous()
+        assert x.dtype == torch.float32
         out = torch.empty_like(x, dtype=self.dtype)
-        size = x.shape[-1]
-        held = None if delta is None else delta.contiguous()
+        size, weight = x.shape[-1], _plain(weight)
+        held = None if delta is None else delta.to(self.dtype).contiguous()
         rows = x.numel() // size
-        self._add_norm(x.data_ptr(), _at(held), weight.data_ptr(), out.data_ptr(), rows, size, eps)
+        self._add_norm(x.data_ptr(), _at(held), _at(weight), out.data_ptr(), rows, size, eps)
         return out
 
     def gated(self, both: Tensor) -> Tensor:
@@ -81,18 +83,11 @@ class Kernels:
         n, heads, width = len(qkv), cache.said_keys.shape[2], cache.said_keys.shape[3]
         groups = qkv.shape[1] // (heads * width) - 2
         qkv, out = qkv.contiguous(), qkv.new_empty(n, heads * groups * width)
-        tensors = (qkv, out, cos.contiguous(), sin.contiguous(), query_norm, key_norm)
+        norms = (n if n is None else _plain(n) for n in (query_norm, key_norm))
+        tensors = (qkv, out, _plain(cos), _plain(sin), *norms)
         rows = (cache.owner, cache.lengths, cache.born)
-        numbers = (
-            n,
-            heads,
-            groups,
-            width,
-            cache.prompt_keys.shape[4],
-            cache.said_keys.shape[4],
-            cache.room,
-            cache.time,
-        )
+        room = (cache.prompt_keys.shape[4], cache.said_keys.shape[4], cache.room, cache.time)
+        numbers = (n, heads, groups, width, *room)
         places = cache.places[layer]
         self._attend(ctypes.byref(_Attend(*map(_at, tensors), *places, *map(_at, rows), *numbers, scale, eps)))
         return out
@@ -109,7 +104,8 @@ class Kernels:
         groups = size // (heads * width) - 2
         q = qkv.new_empty(m, heads * groups, t, width)
         k, v = qkv.new_empty(m, heads, t, width), qkv.new_empty(m, heads, t, width)
-        tensors = (qkv.contiguous(), cos.contiguous(), sin.contiguous(), query_norm, key_norm, q, k, v)
+        norms = (n if n is None else _plain(n) for n in (query_norm, key_norm))
+        tensors = (qkv.contiguous(), _plain(cos), _plain(sin), *norms, q, k, v)
         self._split(*map(_at, tensors), m, t, heads, groups, width, eps)
         return q, k, v
 
@@ -124,8 +120,9 @@ class Kernels:
     # -- the training pass --------------------------------------------------------------------------------------
     def norm_back(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The gradient of `add_norm`'s second result towards x, float32 like x."""
-        grad, out, size = grad.contiguous(), torch.empty_like(x), x.shape[-1]
-        at = (grad.data_ptr(), x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        grad, weight = grad.to(self.dtype).contiguous(), _plain(weight)
+        out, size = torch.empty_like(x), x.shape[-1]
+        at = (grad.data_ptr(), x.data_ptr(), _at(weight), out.data_ptr())
         self._norm_back(*at, x.numel() // size, size, eps)
         return out
 
@@ -138,7 +135,7 @@ class Kernels:
 
     def gate_up_back(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Its gradients towards both."""
-        tensors = [x.contiguous() for x in (grad, gate, up)]
+        tensors = [x.to(self.dtype).contiguous() for x in (grad, gate, up)]
         made = torch.empty_like(tensors[1]), torch.empty_like(tensors[1])
         self._gate_up_back(*(x.data_ptr() for x in (*tensors, *made)), made[0].numel())
         return made
@@ -148,7 +145,7 @@ class Kernels:
 
         `back` turns the other way, which is the gradient: both halves of cos and sin have the same numbers.
         """
-        tensors = [t.contiguous() for t in (x, cos, sin)]
+        tensors = [x.contiguous(), _plain(cos), _plain(sin)]
         out = torch.empty_like(tensors[0])
         heads, w = x.shape[-2:]
         at = (t.data_ptr() for t in (*tensors, out))
@@ -161,8 +158,11 @@ class Kernels:
     ) -> None:  # fmt: skip
         """logp and entropy `[n]` of logits `[n, V]`, which become probabilities where there are `slopes`.
 
-        entropy_slopes `[n, V]` is filled with `-p (log p + entropy)`. All tensors have no gaps.
+        entropy_slopes `[n, V]` is filled with `-p (log p + entropy)`. All tensors have no gaps. Raises IndexError for a
+        token that the vocabulary has not: memory knows no such bound.
         """
+        if len(token) and not 0 <= int(token.min()) <= int(token.max()) < logits.shape[1]:
+            raise IndexError(f"tokens from {token.min()} to {token.max()}, but the logits are of {logits.shape[1]}")
         tensors = (logits, token.contiguous(), scale, logp, entropy, entropy_slopes)
         self._read_out(*map(_at, tensors), *logits.shape, int(slopes))
 
@@ -178,6 +178,11 @@ def _typed(compiled: ctypes.CDLL, name: str, *kinds: list[type]) -> ctypes._Name
     found = compiled[name]
     found.argtypes, found.restype = [kind for some in kinds for kind in some], None
     return found
+
+
+def _plain(x: Tensor) -> Tensor:
+    """In float32 and without gaps, as the kernels read it."""
+    return x.float().contiguous()
 
 
 def _at(x: Tensor | None) -> int | None:
