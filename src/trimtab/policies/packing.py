@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class Block:
     """`b` bundles of up to `G` spans of up to `T` tokens after up to `P` tokens, padded.
 
     tokens `[b, G, T]`: where they are in the packed row, padding reads token 0; write: the same, but padding goes
-    behind the end. prefix `[b, P]`, hidden bool `[b, P]` its padding; None where there is none.
+    behind the end. prefix `[b, P]`: where those are in `Packed.laid`, hidden bool `[b, P]` its padding; None where
+    there is none.
     """
 
     tokens: Tensor
@@ -65,13 +66,14 @@ class Block:
 class Packed:
     """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0.
 
-    made `[S]`: where each token is in what the blocks give, one after the other.
+    laid: the tokens of all blocks, one after the other. made `[S]`: where each token is among them.
     """
 
     ids: Tensor
     places: Tensor
     state: Tensor
     blocks: tuple[Block, ...]
+    laid: Tensor
     made: Tensor
 
 
@@ -99,7 +101,9 @@ def pack(view: View, heads: int) -> Packed:
     bundles = [b for o, held in groups.items() for b in _bundles(whole[o], held, limit)]
     bundles.sort(key=lambda b: b.shape)
     blocks = tuple(_block(part, len(ids), said.device) for part in _alike(bundles, limit))
-    return Packed(ids, torch.cat(places).to(said.device), state, blocks, _made(blocks, len(ids)))
+    made, laid = _made(blocks, len(ids)), torch.cat([b.tokens.flatten() for b in blocks])
+    blocks = tuple(replace(b, prefix=None if b.prefix is None else made[b.prefix]) for b in blocks)
+    return Packed(ids, torch.cat(places).to(said.device), state, blocks, laid, made)
 
 
 def _made(blocks: tuple[Block, ...], count: int) -> Tensor:
@@ -248,22 +252,46 @@ def attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     """What the tokens of a packed row read, `[S, heads, d]` like the scaled queries; key and value `[S, k, d]`."""
-    made: list[Any] = [
-        checkpoint(_attend, q, k, v, block, use_reentrant=False, preserve_rng_state=False)
-        if torch.is_grad_enabled()
-        else _attend(q, k, v, block)
-        for block in packed.blocks
-    ]
+    q, k, v = (_Laid.apply(x, packed.laid, packed.made) for x in (q, k, v))
+    made: list[Any] = []
+    start = 0
+    for block in packed.blocks:
+        stop = start + block.tokens.numel()
+        given = (q[start:stop], k[start:stop], v[start:stop], k, v, block)
+        made.append(
+            checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else _attend(*given)
+        )
+        start = stop
     return torch.cat(made).index_select(0, packed.made)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-    """What the block's tokens read, `[b G T, heads, d]`; heads that share keys are further queries of those."""
+class _Laid(torch.autograd.Function):
+    """`x[places]`, where `made` says which of the places holds each row, once; gradients of the others are zero.
+
+    Autograd would add every gradient to its row; reading them is six times as fast.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, made: Tensor) -> Tensor:
+        ctx.save_for_backward(made)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _attend(q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+    """What the block's tokens read, `[b G T, heads, d]`; heads that share keys are further queries of those.
+
+    q, own_k and own_v are those of the block's tokens, k and v of all that are laid.
+    """
     b, spans, t = block.tokens.shape
     heads, d = k.shape[1], q.shape[2]
-    of = block.tokens.flatten()
-    queries = q[of].view(b, spans, t, heads, -1, d).permute(0, 3, 1, 4, 2, 5)  # [b, k, G, g, T, d]
-    own_k, own_v = (x[of].view(b, spans, t, heads, -1).permute(0, 3, 1, 2, 4) for x in (k, v))
+    queries = q.view(b, spans, t, heads, -1, d).permute(0, 3, 1, 4, 2, 5)  # [b, k, G, g, T, d]
+    own_k, own_v = (x.view(b, spans, t, heads, -1).permute(0, 3, 1, 2, 4) for x in (own_k, own_v))
     groups = queries.shape[3]
     queries = queries.reshape(b, heads, spans, groups * t, d)
     scores = queries @ own_k.transpose(-1, -2)
