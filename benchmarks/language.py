@@ -97,8 +97,8 @@ GROWTH = (
     "flat from 128 tokens on; a longer prompt costs more, for it is read (once) and every response token attends to it."
 )
 IN_THE_WAY = (
-    "Only products and attention are counted, so what is missing to 100% is everything else. What lies between "
-    "products is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; "
+    "Only torch's products and attention are counted, so what is missing to 100% is everything else. What lies between "
+    "them is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; "
     "a rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the "
     "keys and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
     "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and "
@@ -207,8 +207,8 @@ def page(results: dict[str, Any]) -> str:
         "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again. "
         "llama.cpp is compiled by hand (`benchmarks/llama_cpp_work.py`) and takes the most probable token, where the "
         "others draw. GFLOP/s is what the machine made of a large bfloat16 product just before: two of this kind "
-        "differ by a factor of two, and ratios with them; rows without one were measured at about 790, before compiled "
-        "kernels.",
+        "differ by a factor of two, and ratios with them; rows without one were measured on other days, before "
+        "compiled kernels.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',

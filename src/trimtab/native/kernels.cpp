@@ -101,7 +101,7 @@ void gated(const T* both, T* out, Long n, Long size) {
     }
 }
 
-// What a step's attention reads, in the order of `_ATTEND` in decoding.py.
+// What a step's attention reads, in the order of `_Attend` in language.py.
 struct Attend {
     void *qkv, *out;                             // [n, (H G + 2 H) w] and [n, H G w]
     const float *cos, *sin;                      // [n, w]; sin with the sign of the half it is added to

@@ -1,6 +1,7 @@
 """The training pass of a plain Llama-like model: what its own layers compute, with less memory and in fewer steps.
 
-Norms, gated layers and low-rank adapters keep their inputs alone for the backward, in the dtype products are taken in.
+Norms, gated layers and low-rank adapters keep their inputs alone for the backward, in the dtype products are taken in;
+kernels do in one pass what lies between products, where they are compiled.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, scale: float, back: bool) -> Tens
 
 @contextlib.contextmanager
 def lean(model: Any) -> Iterator[None]:
-    """Forwards in here compute plain low-rank adapters and, under autocast, the norms and gates of the layers so.
+    """Forwards in here compute plain low-rank adapters so and, under autocast, norms, gates and packed attention.
 
     Other layers, and other architectures, are left as they are.
     """
