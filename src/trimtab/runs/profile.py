@@ -237,7 +237,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         first,
         f"This machine, {machine['threads']} threads: {machine['gflops']:.0f} GFLOP/s in a large "
         f"{found['policy']['compute']} product, {machine['gbps']:.0f} GB/s in a large copy.",
-        "GFLOP/s and GB/s are those of torch's matrix products and attention; compiled kernels and element-wise work are not counted.",
+        "GFLOP/s and GB/s are those of torch's products and attention; kernels and element-wise work are not counted.",
     ]
     if found["busy"]:
         said.append(
