@@ -22,7 +22,7 @@ from trimtab.policies.readout import Readout
 
 CPU = torch.device("cpu")
 NARROW = [torch.float32, torch.bfloat16]
-compiled = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+compiled = pytest.mark.skipif(native.library("language") is None, reason="no C++ compiler here")
 
 
 def kernels(dtype: torch.dtype) -> Kernels:
@@ -200,7 +200,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_none_wanted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_NATIVE", "0")
-    assert native.library() is None
+    assert native.library("language") is None
     assert "TRIMTAB_NATIVE=0" in native.words()
     assert not list(fresh.iterdir())
 
@@ -208,7 +208,7 @@ def test_none_wanted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh))
     monkeypatch.delenv("CXX", raising=False)
-    assert native.library() is None
+    assert native.library("language") is None
     assert "no C++ compiler" in native.words()
 
 
@@ -218,21 +218,21 @@ def test_a_compiler_that_fails_is_named_and_torch_does_the_work(fresh: Path, mon
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.warns(TrimtabWarning, match=r"did not compile with .*broken \(out of order\).*TRIMTAB_NATIVE=0"):
-        assert native.library() is None
+        assert native.library("language") is None
     assert not list(native.cache().glob("*.so")), "nothing half made is left"
     assert "did not compile" in native.words()
 
 
 @compiled
 def test_it_is_compiled_once_and_never_taken_from_where_others_may_write(fresh: Path) -> None:
-    assert native.library() is not None
+    assert native.library("language") is not None
     (made,) = native.cache().glob("*.so")
     first = made.stat().st_ino
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library("language") is not None
     assert made.stat().st_ino == first
     made.chmod(made.stat().st_mode | stat.S_IWOTH)
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library("language") is not None
     assert made.stat().st_ino != first
     assert not made.stat().st_mode & stat.S_IWOTH

@@ -1,7 +1,7 @@
-"""C++ kernels for the CPU, compiled where they are used: what lies between the matrix products of a language model.
+"""C++ kernels for the CPU, compiled where they are first used (seconds) by the machine's own compiler, kept in the cache.
 
-The first use compiles `kernels.cpp` with the machine's compiler (seconds); the library is kept in the user's cache.
-Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more passes over memory.
+`language.cpp` is what lies between the matrix products of a language model. Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more
+calls and more passes over memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from trimtab.core.errors import TrimtabWarning
 from trimtab.machine import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 # The first that the compiler takes: not every one knows what processor it is on, or calls it so.
 FLAGS = (("-march=native",), ("-mcpu=native",), ())
 COMMON = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -47,8 +46,8 @@ def expected() -> bool:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are not wanted or there is no compiler.
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels of `<name>.cpp`; None where they are not wanted or there is no compiler.
 
     Warns, and gives None, where the compiler fails.
     """
@@ -56,7 +55,7 @@ def library() -> ctypes.CDLL | None:
     if not wanted() or found is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(found)))
+        return ctypes.CDLL(str(_built(Path(__file__).with_name(f"{name}.cpp"), found)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as problem:
         warnings.warn(
             f"the kernels did not compile with {found} ({problem}), so torch's own operations are used, more slowly; "
@@ -73,7 +72,7 @@ def words() -> str:
         return "off (TRIMTAB_NATIVE=0): torch's own operations"
     if compiler() is None:
         return "no C++ compiler with OpenMP ($CXX, c++, g++ or clang++): torch's own operations, more slowly"
-    return f"compiled with {compiler()}" if library() else "did not compile: torch's own operations"
+    return f"compiled with {compiler()}" if library("language") else "did not compile: torch's own operations"
 
 
 def cache() -> Path:
@@ -81,10 +80,10 @@ def cache() -> Path:
     return cache_folder() / "native"
 
 
-def _built(compiler: str) -> Path:
+def _built(source: Path, compiler: str) -> Path:
     """The library for this source, compiler and processor, compiled unless that was done before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    what = "\0".join([SOURCE.read_text(), version, _processor(), repr((FLAGS, COMMON))])
+    what = "\0".join([source.read_text(), version, _processor(), repr((FLAGS, COMMON))])
     target = cache() / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if _ours(target):
         return target
@@ -94,7 +93,7 @@ def _built(compiler: str) -> Path:
         handle, name = tempfile.mkstemp(".so", dir=target.parent)
         os.close(handle)
         done = subprocess.run(
-            [compiler, *COMMON, *flags, str(SOURCE), "-o", name], capture_output=True, text=True, check=False
+            [compiler, *COMMON, *flags, str(source), "-o", name], capture_output=True, text=True, check=False
         )
         if not done.returncode:
             os.replace(name, target)  # whole or not at all: two runs may compile at once

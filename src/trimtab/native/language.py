@@ -169,7 +169,7 @@ class Kernels:
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> Kernels | None:
-    compiled = library() if dtype in (torch.float32, torch.bfloat16) else None
+    compiled = library("language") if dtype in (torch.float32, torch.bfloat16) else None
     return None if compiled is None else Kernels(compiled, dtype)
 
 
