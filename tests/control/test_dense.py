@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trimtab import native
 from trimtab.core.errors import MethodError
 from trimtab.core.network import Network
+from trimtab.native.dense import DenseKernels
 from trimtab.policies import dense
 from trimtab.policies.critic_kinds import _matmul
 from trimtab.policies.dense import StackedLayer, held_by, layers, pullback
 
 torch.set_num_threads(1)
+compiled = pytest.mark.skipif(native.library("dense") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nothing is compiled."""
+    monkeypatch.setattr(DenseKernels, "suited", staticmethod(lambda *_: None))
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def each_way(request: pytest.FixtureRequest) -> None:
+    if request.param == "torch":
+        request.getfixturevalue("without")
 
 
 def stacked(count: int, *widths: int) -> list[Any]:
@@ -37,7 +55,7 @@ STACKS = {"single": lambda: single(20, 96, 96, 6), "one": lambda: stacked(1, 20,
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_values_and_gradients_are_those_of_double_precision(name: str) -> None:
+def test_values_and_gradients_are_those_of_double_precision(name: str, each_way: None) -> None:
     stack = STACKS[name]()
     wide = torch.randn(128, 50)
     x = wide[:, :20].requires_grad_()  # rows with gaps between them, as those of a packed ring
@@ -51,13 +69,37 @@ def test_values_and_gradients_are_those_of_double_precision(name: str) -> None:
         assert float((g - w).abs().max() / w.abs().max()) < 3e-6
 
 
-def test_the_faster_library_is_used_where_it_is_there() -> None:
+def test_the_faster_way_is_used_where_it_is_there(without: None) -> None:
     if not dense._ONEDNN:
         pytest.skip("this torch has no oneDNN")
-    made = layers(torch.randn(128, 20), held_by(single(20, 96, 96, 6)), torch.relu, "float32")
-    assert type(made.grad_fn).__name__ == "_ReluBackward"
-    few = layers(torch.randn(1, 20), held_by(single(20, 96, 96, 6)), torch.relu, "float32")
-    assert type(few.grad_fn).__name__ == "AddmmBackward0"
+    wide, few = torch.randn(128, 20), torch.randn(1, 20)
+    assert ways(wide, single(20, 96, 96, 6)) == "_LayersBackward"
+    assert ways(few, single(20, 96, 96, 6)) == "AddmmBackward0"
+
+
+@compiled
+def test_kernels_serve_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, x = held_by(single(20, 96, 95, 6)), torch.randn(128, 20)
+
+    def served(x: Tensor, held: list[Tensor], activation: Any = torch.relu, half: bool = False) -> bool:
+        return DenseKernels.suited(x, held, activation, half) is not None
+
+    assert served(x, held)
+    assert served(x[:1], held, torch.tanh)
+    assert not served(x[:0], held)
+    assert not served(x.double(), [p.double() for p in held])
+    assert not served(x, held, F.silu)
+    assert not served(x, held, half=True)  # factors of two come in pairs
+    assert ways(x[:1], single(20, 96, 96, 6)) == "_LayersBackward"
+    with TorchDispatchMode():  # somebody wants to see the products
+        assert not served(x, held)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert served(x, held)
+    assert not served(x.repeat(10, 1), held)  # torch has two threads for these
+
+
+def ways(x: Tensor, stack: list[Any]) -> str:
+    return type(layers(x, held_by(stack), torch.relu, "float32").grad_fn).__name__
 
 
 def test_shapes_of_one_decision_a_row_and_without_a_gradient() -> None:
@@ -70,7 +112,7 @@ def test_shapes_of_one_decision_a_row_and_without_a_gradient() -> None:
 
 @pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
 @pytest.mark.parametrize("name", ["single", "three"])
-def test_bfloat16_rounds_the_factors_between_hidden_layers_alone(name: str, activation: Any) -> None:
+def test_bfloat16_rounds_the_factors_between_hidden_layers_alone(name: str, activation: Any, each_way: None) -> None:
     stack, x = STACKS[name](), torch.randn(128, 20)
     y, z = layers(x, held_by(stack), activation, "bfloat16"), exact(x, stack, activation)
     error = float((y - z).abs().max() / z.abs().max())
@@ -86,7 +128,7 @@ def test_bfloat16_rounds_the_factors_between_hidden_layers_alone(name: str, acti
 
 
 @pytest.mark.parametrize("matmul", dense.MATMULS)
-def test_it_can_be_differentiated_twice(matmul: str) -> None:
+def test_it_can_be_differentiated_twice(matmul: str, each_way: None) -> None:
     stack = stacked(2, 20, 96, 96, 1)
     x = torch.randn(128, 20, requires_grad=True)
 
@@ -103,7 +145,7 @@ def test_it_can_be_differentiated_twice(matmul: str) -> None:
 
 @pytest.mark.parametrize("matmul", dense.MATMULS)
 @pytest.mark.parametrize("name", STACKS)
-def test_the_pullback_is_autograd_s_gradient(name: str, matmul: str) -> None:
+def test_the_pullback_is_autograd_s_gradient(name: str, matmul: str, each_way: None) -> None:
     if not dense._ONEDNN:
         pytest.skip("this torch has no oneDNN")
     held, x = held_by(STACKS[name]() if name != "no hidden" else stacked(2, 96, 96)), torch.randn(128, 96)
@@ -123,11 +165,68 @@ def test_the_pullback_is_autograd_s_gradient(name: str, matmul: str) -> None:
 
 def test_no_pullback_where_there_is_none() -> None:
     held, x = held_by(single(20, 96, 96, 6)), torch.randn(128, 20)
-    assert pullback(x, held, torch.tanh, "float32") is None
-    assert pullback(x[:1], held, torch.relu, "float32") is None
-    assert pullback(x.double(), [p.double() for p in held], torch.relu, "float32") is None
+    assert pullback(x, held, F.silu, "float32") is None
     held[1].requires_grad_(False)
     assert pullback(x, held, torch.relu, "float32") is None
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("rows", [1, 2, 7, 130])
+@compiled
+def test_kernels_are_as_exact_as_torch(name: str, activation: Any, half: bool, rows: int) -> None:
+    held, x = held_by(STACKS[name]()), torch.randn(rows, 20)
+    found = DenseKernels.suited(x, held, activation, half)
+    if half and rows % 2:
+        assert found is None
+        return
+    if found is None:
+        pytest.skip("this processor does not multiply pairs")
+    y = dense._plain(x.requires_grad_().double(), False, [p.double() for p in held], activation)
+    weight = torch.randn(y.shape)
+    wanted = torch.autograd.grad(y, [x, *held], weight.double())
+
+    def error(way: Any) -> list[float]:
+        with torch.no_grad():
+            made, kept = way.forward(x, held, activation, half)
+            dx, grads = way.backward(weight, x, held, kept, activation, half, True, True)
+        assert made.shape == y.shape
+        assert [g.shape for g in grads] == [p.shape for p in held]
+        return [float((a - b).norm() / b.norm().clamp_min(1e-9)) for a, b in zip((made, dx, *grads), (y, *wanted))]
+
+    for ours, theirs in zip(error(found), error(dense._Torch)):
+        assert ours < (1.5 * theirs + 1e-3 if half else 1e-6)
+
+
+@compiled
+def test_kernels_hide_no_nan() -> None:
+    held, x = held_by(single(20, 96, 96, 6)), torch.randn(16, 20)
+    x[3, 4] = float("nan")
+    for activation in (torch.relu, torch.tanh):
+        for half in (False, True):
+            found = DenseKernels.suited(x, held, activation, half)
+            if found is None:
+                continue
+            with torch.no_grad():
+                made, kept = found.forward(x, held, activation, half)
+                grads = found.backward(torch.ones_like(made), x, held, kept, activation, half, True, True)[1]
+            assert grads is not None
+            assert bool(made[3].isnan().all())
+            assert not bool(made[[0, 1, 2, *range(4, 16)]].isnan().any())
+            assert bool(grads[0][:, 4].isnan().all() if activation is torch.tanh else grads[0][:, 4].isnan().any())
+
+
+@compiled
+def test_the_norm_is_that_of_all_numbers() -> None:
+    some = [torch.randn(7, 5), torch.randn(()), torch.randn(300), torch.zeros(0)]
+    made = DenseKernels.norm(some)
+    assert made is not None
+    torch.testing.assert_close(made.double(), torch.cat([t.double().flatten() for t in some]).norm(), rtol=1e-6, atol=0)
+    some[2][5] = float("inf")
+    assert math.isinf(float(DenseKernels.norm(some)))  # type: ignore[arg-type]
+    assert DenseKernels.norm([t.double() for t in some]) is None
+    assert DenseKernels.norm([some[0].T]) is None
 
 
 def test_matmul_is_refused_where_it_would_be_ignored_or_is_unknown() -> None:

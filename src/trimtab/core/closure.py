@@ -20,9 +20,9 @@ from trimtab.core.method import Track
 from trimtab.core.piece import Piece
 from trimtab.core.stopwatch import count, count_rows, phase, timed
 from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, weights
+from trimtab.native.dense import DenseKernels
 
 Params = Mapping[str, Tensor]
-SMALL = 2**16  # numbers: of more, a copy takes longer than one norm for each tensor
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,8 @@ class Gradient:
     def norm(self) -> Tensor:
         """Global l2 norm over all parameters, 0-d."""
         grads = list(self.grads.values())
-        if not all(g.is_cpu and g.dtype == grads[0].dtype for g in grads):
-            return torch.nn.utils.get_total_norm(grads)
-        if len(grads) > 1 and sum(g.numel() for g in grads) <= SMALL:
-            return torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))  # quicker
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # what get_total_norm comes to
+        made = DenseKernels.norm(grads)
+        return torch.nn.utils.get_total_norm(grads) if made is None else made
 
 
 @dataclass(slots=True)  # see `Term`

@@ -1,6 +1,7 @@
-"""C++ kernels for the CPU, compiled where they are first used (seconds) by the machine's own compiler, kept in the cache.
+"""C++ kernels for the CPU, compiled by the machine's own compiler where they are first used (seconds), and kept.
 
-`language.cpp` is what lies between the matrix products of a language model. Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more
+`language.cpp` is what lies between the matrix products of a language model, `dense.cpp` a small fully connected
+network, forward and backward. Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more
 calls and more passes over memory.
 """
 
@@ -72,7 +73,8 @@ def words() -> str:
         return "off (TRIMTAB_NATIVE=0): torch's own operations"
     if compiler() is None:
         return "no C++ compiler with OpenMP ($CXX, c++, g++ or clang++): torch's own operations, more slowly"
-    return f"compiled with {compiler()}" if library("language") else "did not compile: torch's own operations"
+    whole = all(library(name) for name in ("language", "dense"))
+    return f"compiled with {compiler()}" if whole else "did not compile: torch's own operations"
 
 
 def cache() -> Path:

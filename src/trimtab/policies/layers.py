@@ -12,20 +12,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from trimtab.core.errors import MethodError, nearest
-from trimtab.policies.dense import held_by, layers
+from trimtab.policies.dense import held_by, layers, pullback
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "silu": F.silu}
 GAINS = {"tanh": math.sqrt(2), "relu": math.sqrt(2), "silu": math.sqrt(2)}  # of hidden layers, orthogonally begun
-# What the gradient becomes on its way back through an activation, from what the activation gave.
-BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": torch.ops.aten.tanh_backward,
-    "relu": lambda grad, made: torch.ops.aten.threshold_backward(grad, made, 0),
-}
-IN_PLACE: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
-    torch.tanh: torch.tanh_,
-    torch.relu: torch.relu_,
-}
-SMALL = 128  # units; of wider layers the arithmetic takes longer than what autograd does around it
 INITS = ("orthogonal", "torch")
 
 
@@ -69,7 +59,6 @@ class MLP(nn.Module):
         if init not in INITS:
             raise MethodError(f"init={init!r} is not known. {nearest(init, INITS)}")
         self.activation, self.matmul = ACTIVATIONS[activation], matmul
-        self.back = BACK.get(activation) if matmul == "float32" and max((inputs, *hidden, outputs)) <= SMALL else None
         widths = (inputs, *hidden, outputs)
         gains = [GAINS[activation]] * len(hidden) + [gain]
         self.layers = nn.ModuleList(
@@ -77,38 +66,11 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.back is not None:  # small: nothing to choose from
-            held = [layer._parameters for layer in self.layers]
-            for one in held[:-1]:
-                x = self.activation(F.linear(x, one["weight"], one["bias"]))  # type: ignore[arg-type]
-            return F.linear(x, held[-1]["weight"], held[-1]["bias"])  # type: ignore[arg-type]
         return layers(x, held_by(self.layers), self.activation, self.matmul)
 
     def pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]] | None:
-        """`forward` of `[R, I]`, and what turns the gradient of its result into that of `parameters()`, in order.
-
-        The same chain rule as autograd's, without a graph: for a small network most of the time goes into the graph.
-        None where the network is not small, or trained only in part.
-        """
-        held = [layer._parameters for layer in self.layers]
-        behind = self.back
-        if behind is None or not all(p is not None and p.requires_grad for one in held for p in one.values()):
-            return None
-        read = [x]
-        with torch.no_grad():
-            for one in held[:-1]:
-                read.append(IN_PLACE[self.activation](F.linear(read[-1], one["weight"], one["bias"])))  # type: ignore[arg-type]
-            made = F.linear(read[-1], held[-1]["weight"], held[-1]["bias"])  # type: ignore[arg-type]
-
-        def back(grad: Tensor) -> list[Tensor]:
-            found: list[Tensor] = []
-            for i in range(len(held) - 1, -1, -1):
-                found = [grad.t() @ read[i], grad.sum(0), *found]
-                if i:
-                    grad = behind(grad @ held[i]["weight"], read[i])  # type: ignore[operator]
-            return found
-
-        return made, back
+        """See `dense.pullback`: the gradient is that of `parameters()`, in order."""
+        return pullback(x, held_by(self.layers), self.activation, self.matmul)
 
 
 class Inputs:

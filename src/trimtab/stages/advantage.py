@@ -102,6 +102,7 @@ def normalised(batch: Batch, now: Mapping[str, Tensor], *, eps: float = 1e-8) ->
         return batch.put(advantage=torch.zeros_like(advantage))
     # Deviations from one of them: equal ones give exactly 0, whatever their size.
     first = chosen.flatten()[0]
-    std, mean = torch.std_mean(chosen - first)
-    made = (advantage - first - mean) / (std + eps)
+    apart = chosen - first
+    std, mean = torch.std_mean(apart)
+    made = ((apart if keep is None else advantage - first) - mean) / (std + eps)
     return batch.put(advantage=made if keep is None else torch.where(keep, made, 0.0))

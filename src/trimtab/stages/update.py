@@ -115,7 +115,7 @@ def _fused(
     step += 1
     by = None
     if scale < 1 and kind == torch.float32:
-        by = torch.tensor(1 / scale)  # the kernel divides by it, and has it in float32
+        by = torch.scalar_tensor(1 / scale)  # the kernel divides by it, and has it in float32
     elif scale < 1:
         torch._foreach_mul_(grads, scale)
     first_moments, second_moments = ([h[name] for h in held] for name in ("exp_avg", "exp_avg_sq"))

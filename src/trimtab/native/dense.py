@@ -1,0 +1,105 @@
+"""The kernels of a small fully connected network, called with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from trimtab.native import library
+
+_POINTERS = ("x", "widths", "held", "out", "saved", "grad", "into", "into_x")
+_NUMBERS = ("rows", "members", "count", "activation", "half")
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[Activation, int] = {torch.tanh: 0, torch.relu: 1}
+LARGE = 2**23  # products: of more, torch is faster where it has several threads, for the kernels have one
+
+
+class _Layers(ctypes.Structure):
+    _fields_ = (*((name, c_void_p) for name in _POINTERS), *((name, c_int64) for name in _NUMBERS))
+
+
+class DenseKernels:
+    """Layers of `[R, I]`, float32 on a CPU, as `policies.dense` defines them; `held` is weight and bias of each."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self._forward, self._backward = compiled.forward, compiled.backward
+        for one in (self._forward, self._backward):
+            one.argtypes, one.restype = [c_void_p], None
+        self._norm = compiled.norm
+        self._norm.argtypes, self._norm.restype = [c_void_p, c_void_p, c_int64, c_void_p], None
+        compiled.pairs.restype = c_int64
+        self._pairs = bool(compiled.pairs())
+
+    @staticmethod
+    def suited(x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool) -> DenseKernels | None:
+        """The kernels, where they are compiled and these layers are what they are for."""
+        if x.dtype != torch.float32 or held[0].dtype != torch.float32 or not x.is_cpu or activation not in ACTIVATIONS:
+            return None
+        found, rows = _compiled(), len(x)
+        if found is None or not rows or torch._C._len_torch_dispatch_stack():  # a mode is to see torch's products
+            return None
+        if torch.get_num_threads() > 1 and rows * sum(p.numel() for p in held) > LARGE:
+            return None
+        if half and (not found._pairs or rows % 2 or any(p.shape[-2] % 2 for p in held[:-2:2])):  # they come in pairs
+            return None
+        return found
+
+    @staticmethod
+    def norm(tensors: Sequence[Tensor]) -> Tensor | None:
+        """The l2 norm of all numbers of some float32 tensors on a CPU, 0-d; None where there is no kernel for them."""
+        found = _compiled() if all(t.dtype == torch.float32 and t.is_cpu for t in tensors) else None
+        sizes = [t.numel() for t in tensors]
+        if found is None or sum(sizes) > LARGE or not all(t.is_contiguous() for t in tensors):
+            return None
+        made, count, at = tensors[0].new_empty(()), len(tensors), ctypes.addressof
+        places, lengths = (c_void_p * count)(*[t.data_ptr() for t in tensors]), (c_int64 * count)(*sizes)
+        found._norm(at(places), at(lengths), count, made.data_ptr())
+        return made
+
+    def forward(
+        self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The result `[R, O]`, or `[E, R, O]` of stacked layers, and what the way back needs."""
+        rows, members = len(x), held[0].shape[0] if held[0].dim() == 3 else 1
+        out = x.new_empty(*held[-1].shape[:-1], rows, held[-1].shape[-1])
+        saved = x.new_empty(rows * sum(p.numel() for p in held[1:-1:2]))
+        self._call(self._forward, x, held, activation, half, rows, members, out=out, saved=saved)
+        return out, [saved]
+
+    def backward(
+        self, grad: Tensor, x: Tensor, held: Sequence[Tensor], kept: Sequence[Tensor],
+        activation: Activation, half: bool, into_x: bool, into_held: bool,
+    ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
+        """The gradients towards `x` and towards each of `held`, where they are asked for."""
+        rows, members = len(x), held[0].shape[0] if held[0].dim() == 3 else 1
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if into_x else None
+        made = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in held] if into_held else None
+        tensors = {"grad": grad.contiguous(), "saved": kept[0]} | ({"into_x": dx} if dx is not None else {})
+        self._call(self._backward, x, held, activation, half, rows, members, made, **tensors)
+        return dx, made
+
+    def _call(
+        self, work: ctypes._NamedFuncPointer, x: Tensor, held: Sequence[Tensor], activation: Activation,
+        half: bool, rows: int, members: int, into: Sequence[Tensor] | None = None, **tensors: Tensor,
+    ) -> None:  # fmt: skip
+        x, held = x.contiguous(), [p.contiguous() for p in held]
+        count, numbers, at = len(held), [x.shape[-1], *(p.shape[-1] for p in held[1::2])], ctypes.addressof
+        widths, addresses = (c_int64 * len(numbers))(*numbers), (c_void_p * count)(*[p.data_ptr() for p in held])
+        made = None if into is None else (c_void_p * count)(*[p.data_ptr() for p in into])
+        layers = _Layers(
+            x=x.data_ptr(), widths=at(widths), held=at(addresses), into=None if made is None else at(made), rows=rows,
+            members=members, count=count // 2, activation=ACTIVATIONS[activation], half=half,
+            **{name: t.data_ptr() for name, t in tensors.items()},
+        )  # fmt: skip
+        work(at(layers))
+
+
+@functools.cache
+def _compiled() -> DenseKernels | None:
+    compiled = library("dense")
+    return None if compiled is None else DenseKernels(compiled)
