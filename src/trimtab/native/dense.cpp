@@ -153,30 +153,19 @@ void turned(const Number* from, Long n, Long depth, Number* to) {
 
 // -- layers --------------------------------------------------------------------------------------------------------
 
-inline float exponential(float x) {  // e^x for x in [-87, 88], relative error below 2e-7: Cephes' polynomial
-    const float n = std::nearbyintf(x * 1.44269504088896341f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
-inline float tangent(float x) {  // tanh: near 0 Cephes' polynomial, else 1 - 2 / (e^2|x| + 1)
-    const float size = std::fabs(x) > 10.f ? 10.f : std::fabs(x), square = x * x;
-    const float far = std::copysign(1.f - 2.f / (exponential(2.f * size) + 1.f), x);
-    float p = -5.70498872745e-3f;
-    p = p * square + 2.06390887954e-2f;
-    p = p * square - 5.37397155531e-2f;
-    p = p * square + 1.33314422036e-1f;
-    p = p * square - 3.33332819422e-1f;
-    return size < 0.625f ? x + x * square * p : far;
+inline float tangent(float x) {  // tanh by Eigen's rational approximation, a few units in the last place
+    const float low = x < -7.9053111f ? -7.9053111f : x, y = low > 7.9053111f ? 7.9053111f : low, s = y * y;
+    float p = -2.76076847742355e-16f, q = 1.19825839466702e-06f;
+    p = p * s + 2.00018790482477e-13f;
+    p = p * s - 8.60467152213735e-11f;
+    p = p * s + 5.12229709037114e-08f;
+    p = p * s + 1.48572235717979e-05f;
+    p = p * s + 6.37261928875436e-04f;
+    p = p * s + 4.89352455891786e-03f;
+    q = q * s + 1.18534705686654e-04f;
+    q = q * s + 2.26843463243900e-03f;
+    q = q * s + 4.89352518554385e-03f;
+    return y * p / q;
 }
 
 enum Activation : Long { TANH, RELU };

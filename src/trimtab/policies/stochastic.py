@@ -90,8 +90,8 @@ class Gaussian(nn.Module):
         mean, into = passed
         with torch.no_grad():
             shape, inverse = batch["action"].shape[:2], (-log_std).exp()
-            z = (batch["action"].flatten(2).flatten(0, 1) - mean) * inverse
-            logp = -0.5 * z.square().sum(-1) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
+            z = (batch["action"].reshape(mean.shape) - mean) * inverse
+            logp = -0.5 * torch.linalg.vecdot(z, z) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
             made = {"logp": logp.view(shape)}
             if "entropy" in want:
                 made["entropy"] = (log_std + (0.5 + LOG_SQRT_2PI)).sum().expand(shape)
