@@ -389,6 +389,32 @@ int64_t pairs() {
     return 0;
 #endif
 }
+// Of actions [rows, n] under means and one log deviation for each column: z, and logp [rows] but for -n log(2 pi) / 2.
+void gaussian(const float* mean, const float* action, const float* log_std, float* z, float* logp, Long rows, Long n) {
+    float* inverse = Scratch::of(scratch.start, n);
+    float level = 0;
+    for (Long j = 0; j < n; j++) inverse[j] = std::exp(-log_std[j]), level += log_std[j];
+    for (Long r = 0; r < rows; r++) {
+        float sum = 0;
+        for (Long j = 0; j < n; j++) {
+            const float at = z[r * n + j] = (action[r * n + j] - mean[r * n + j]) * inverse[j];
+            sum += at * at;
+        }
+        logp[r] = -0.5f * sum - level;
+    }
+}
+// The gradients towards means and log deviations from that of logp.
+void gaussian_back(const float* grad, const float* z, const float* log_std, float* into_mean, float* into_log_std,
+                   Long rows, Long n) {
+    float* inverse = Scratch::of(scratch.start, n);
+    for (Long j = 0; j < n; j++) inverse[j] = std::exp(-log_std[j]), into_log_std[j] = 0;
+    for (Long r = 0; r < rows; r++)
+        for (Long j = 0; j < n; j++) {
+            const float at = z[r * n + j], along = grad[r] * at;
+            into_mean[r * n + j] = along * inverse[j];
+            into_log_std[j] += along * at - grad[r];
+        }
+}
 // The l2 norm of all numbers of some tensors, summed in float64.
 void norm(float* const* tensors, const Long* sizes, Long count, float* to) {
     double total = 0;

@@ -32,6 +32,9 @@ class DenseKernels:
             one.argtypes, one.restype = [c_void_p], None
         self._norm = compiled.norm
         self._norm.argtypes, self._norm.restype = [c_void_p, c_void_p, c_int64, c_void_p], None
+        self._gaussian, self._gaussian_back = compiled.gaussian, compiled.gaussian_back
+        for one in (self._gaussian, self._gaussian_back):
+            one.argtypes, one.restype = [*[c_void_p] * 5, c_int64, c_int64], None
         compiled.pairs.restype = c_int64
         self._pairs = bool(compiled.pairs())
 
@@ -52,7 +55,7 @@ class DenseKernels:
     @staticmethod
     def norm(tensors: Sequence[Tensor]) -> Tensor | None:
         """The l2 norm of all numbers of some float32 tensors on a CPU, 0-d; None where there is no kernel for them."""
-        found = _compiled() if all(t.dtype == torch.float32 and t.is_cpu for t in tensors) else None
+        found = DenseKernels.at(tensors[0]) if all(t.dtype == torch.float32 and t.is_cpu for t in tensors) else None
         sizes = [t.numel() for t in tensors]
         if found is None or sum(sizes) > LARGE or not all(t.is_contiguous() for t in tensors):
             return None
@@ -60,6 +63,26 @@ class DenseKernels:
         places, lengths = (c_void_p * count)(*[t.data_ptr() for t in tensors]), (c_int64 * count)(*sizes)
         found._norm(at(places), at(lengths), count, made.data_ptr())
         return made
+
+    @staticmethod
+    def at(x: Tensor) -> DenseKernels | None:
+        """The kernels, where they are compiled and `x` is float32 on a CPU."""
+        return _compiled() if x.dtype == torch.float32 and x.is_cpu else None
+
+    def gaussian(self, mean: Tensor, action: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """`z = (action - mean) / std`, `[R, A]`, and `sum_j (-z_j^2 / 2 - log std_j)` `[R]` of a diagonal one."""
+        tensors = [t.contiguous() for t in (mean, action.to(mean.dtype), log_std)]
+        rows, n = mean.shape
+        z, logp = mean.new_empty(rows, n), mean.new_empty(rows)
+        self._gaussian(*[t.data_ptr() for t in (*tensors, z, logp)], rows, n)
+        return z, logp
+
+    def gaussian_back(self, grad: Tensor, z: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients towards mean `[R, A]` and log deviation `[A]` from that of the log-density, `[R]`."""
+        tensors = [t.contiguous() for t in (grad, z, log_std)]
+        into_mean, into_log_std = torch.empty_like(z), torch.empty_like(log_std)
+        self._gaussian_back(*[t.data_ptr() for t in (*tensors, into_mean, into_log_std)], *z.shape)
+        return into_mean, into_log_std
 
     def forward(
         self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
 from trimtab.core.contracts import Decision, Pullback
+from trimtab.native.dense import DenseKernels
 from trimtab.policies.layers import MLP, Inputs
 
 VALUE = frozenset({"value"})
@@ -88,21 +89,28 @@ class Gaussian(nn.Module):
         if passed is None:
             return None
         mean, into = passed
+        shape, kernels = batch["action"].shape[:2], DenseKernels.at(mean)
         with torch.no_grad():
-            shape, inverse = batch["action"].shape[:2], (-log_std).exp()
-            z = (batch["action"].reshape(mean.shape) - mean) * inverse
-            logp = -0.5 * torch.linalg.vecdot(z, z) - (log_std.sum() + len(log_std) * LOG_SQRT_2PI)
-            made = {"logp": logp.view(shape)}
+            action = batch["action"].reshape(mean.shape)
+            if kernels is not None:
+                z, logp = kernels.gaussian(mean, action, log_std)
+            else:
+                z = (action - mean) * (-log_std).exp()
+                logp = -0.5 * torch.linalg.vecdot(z, z) - log_std.sum()
+            made = {"logp": (logp - len(log_std) * LOG_SQRT_2PI).view(shape)}
             if "entropy" in want:
                 made["entropy"] = (log_std + (0.5 + LOG_SQRT_2PI)).sum().expand(shape)
 
         def back(grads: Mapping[str, Tensor]) -> list[Tensor]:
-            grad = grads["logp"].reshape(-1, 1)
-            along = grad * z
-            of_log_std = (along * z).sum(0) - grad.sum()
+            grad = grads["logp"].reshape(-1)
+            if kernels is not None:
+                into_mean, into_log_std = kernels.gaussian_back(grad, z, log_std)
+            else:
+                along = grad[:, None] * z
+                into_mean, into_log_std = along * (-log_std).exp(), (along * z).sum(0) - grad.sum()
             if "entropy" in grads:
-                of_log_std = of_log_std + grads["entropy"].sum()
-            return [of_log_std, *into(along * inverse)]
+                into_log_std = into_log_std + grads["entropy"].sum()
+            return [into_log_std, *into(into_mean)]
 
         return made, back
 
