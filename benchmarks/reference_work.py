@@ -1,6 +1,6 @@
 """One reference run on one side: a method on a task with one seed, evaluated as it learns; one JSON line a point.
 
-    python benchmarks/reference_work.py ours sac Hopper-v5 0 50000 OUT.jsonl
+    python benchmarks/reference_work.py ours sac Hopper-v5 0 50000 OUT.jsonl      # or narrow: bfloat16 products
     .venv-peers/bin/python benchmarks/reference_work.py theirs sac Hopper-v5 0 50000 OUT.jsonl
 
 Both sides have Stable-Baselines3's settings (our preset "sb3"), the same environments, one thread, and are evaluated by
@@ -37,14 +37,20 @@ class Log:
             file.write(json.dumps({**line, "cpu_seconds": round(time.process_time() - self.start, 1)}) + "\n")
 
 
-def ours(name: str, task: str, seed: int, decisions: int, log: Log) -> None:
+def narrow(name: str, task: str, seed: int, decisions: int, log: Log) -> None:
+    """Ours with products of bfloat16 factors."""
+    ours(name, task, seed, decisions, log, matmul="bfloat16")
+
+
+def ours(name: str, task: str, seed: int, decisions: int, log: Log, **options: str) -> None:
     from trimtab.core.loop import run
-    from trimtab.core.registry import parse
+    from trimtab.core.registry import find
     from trimtab.environments.gym import GymEnvironment
     from trimtab.policies.networks import build_networks
     from trimtab.returns import HELD_OUT, evaluated
 
-    method = parse(f'{name}(preset="sb3")')
+    base = find("ddpg")(**options) if name == "td3" else None
+    method = find(name)(base, preset="sb3", **({} if base else options))
     environment = GymEnvironment(task, envs=1, seed=seed)
     exam = GymEnvironment(task, envs=EPISODES, seed=HELD_OUT)
     models, seen = build_networks(method, environment, seed), 0
@@ -110,7 +116,7 @@ def main() -> None:
     side, name, task, seed, decisions, path = sys.argv[1:]
     torch.set_num_threads(1)
     log = Log(path)
-    {"ours": ours, "theirs": theirs}[side](name, task, int(seed), int(decisions), log)
+    {"ours": ours, "narrow": narrow, "theirs": theirs}[side](name, task, int(seed), int(decisions), log)
     log.write({"done": True, "versions": versions()})
 
 
