@@ -104,8 +104,8 @@ def page() -> str:
         f"{DECISIONS:,} decisions, {len(SEEDS)} seeds a side, Stable-Baselines3's default settings on both (our preset "
         '"sb3"), ten deterministic episodes every 5,000 decisions. A score is the mean of the last three evaluations; '
         "intervals are Student's over seeds, at 95%. Made by `python benchmarks/references.py`; runs are in `runs/`. "
-        "With bfloat16 products the factors between hidden layers are rounded; the peer has float32 all the "
-        "same. CPU seconds are of whatever machine a run was made on, and two of them differ by a factor of two; for speed "
+        "With bfloat16 products the factors between hidden layers are rounded; the peer has float32 all the same. "
+        "CPU seconds are of whatever machine a run was made on, and two of them differ by a factor of two; for speed "
         "see [bench-control](../bench-control.json).",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="curves-dark.svg">'
