@@ -23,6 +23,7 @@ from trimtab.core.terms import Term, is_even, reduce, some_of, split, units, wei
 from trimtab.native.dense import DenseKernels
 
 Params = Mapping[str, Tensor]
+_ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,13 @@ class Closure:
         if back is None:
             return list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
         results, pull = back
-        found = torch.autograd.grad(value, list(results.values()), materialize_grads=True)
+        # What `autograd.grad` calls; its checks take longer than this small a graph.
+        found = _ENGINE.run_backward(
+            (value,), (torch.ones_like(value),), False, False, tuple(results.values()), True, accumulate_grad=False
+        )
         with torch.no_grad():
-            made: list[Tensor] = pull(dict(zip(results, found)))
+            grads = {n: torch.zeros_like(r) if g is None else g for (n, r), g in zip(results.items(), found)}
+            made: list[Tensor] = pull(grads)
         return made
 
     def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
