@@ -315,14 +315,15 @@ void gate_up(const T* gate, const T* up, T* out, Long count) {
     }
 }
 
-// Its gradients towards both.
+// The same once more, and its gradients towards both.
 template <class T>
-void gate_up_back(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {
+void gate_up_back(const T* grad, const T* gate, const T* up, T* out, T* into_gate, T* into_up, Long count) {
 #pragma omp parallel for simd schedule(static) if (count > 8192)
     for (Long i = 0; i < count; i++) {
-        const float g = wide(gate[i]), s = sigmoid(g), upstream = wide(grad[i]);
-        put(into_gate[i], upstream * wide(up[i]) * s * (1.f + g * (1.f - s)));
-        put(into_up[i], upstream * (g * s));
+        const float g = wide(gate[i]), s = sigmoid(g), open = g * s, u = wide(up[i]), upstream = wide(grad[i]);
+        put(out[i], open * u);
+        put(into_gate[i], upstream * u * (s + open * (1.f - s)));
+        put(into_up[i], upstream * open);
     }
 }
 
@@ -417,8 +418,8 @@ extern "C" {
         norm_back(grad, x, weight, out, n, size, eps);                                                                \
     }                                                                                                                 \
     void gate_up_##name(const T* gate, const T* up, T* out, Long count) { gate_up(gate, up, out, count); }            \
-    void gate_up_back_##name(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {       \
-        gate_up_back(grad, gate, up, into_gate, into_up, count);                                                      \
+    void gate_up_back_##name(const T* grad, const T* gate, const T* up, T* out, T* into_gate, T* into_up, Long count) { \
+        gate_up_back(grad, gate, up, out, into_gate, into_up, count);                                                 \
     }                                                                                                                 \
     void turn_##name(const T* x, const float* cos, const float* sin, T* out, Long tokens, Long heads, Long w,         \
                      float sign, float scale) {                                                                       \

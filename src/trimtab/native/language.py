@@ -44,7 +44,7 @@ class Kernels:
         self._draw = _typed(compiled, f"draw_{suffix}", [c_void_p] * 3, [c_float], [c_void_p] * 2, [c_int64] * 3)
         self._norm_back = _typed(compiled, f"norm_back_{suffix}", [c_void_p] * 4, [c_int64] * 2, [c_float])
         self._gate_up = _typed(compiled, f"gate_up_{suffix}", [c_void_p] * 3, [c_int64])
-        self._gate_up_back = _typed(compiled, f"gate_up_back_{suffix}", [c_void_p] * 5, [c_int64])
+        self._gate_up_back = _typed(compiled, f"gate_up_back_{suffix}", [c_void_p] * 6, [c_int64])
         self._turn = _typed(compiled, f"turn_{suffix}", [c_void_p] * 4, [c_int64] * 3, [c_float] * 2)
         self._read_out = _typed(compiled, f"read_out_{suffix}", [c_void_p] * 6, [c_int64] * 3)
 
@@ -133,10 +133,10 @@ class Kernels:
         self._gate_up(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel())
         return out
 
-    def gate_up_back(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Its gradients towards both."""
+    def gate_up_back(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`gate_up` once more, and its gradients towards both."""
         tensors = [x.to(self.dtype).contiguous() for x in (grad, gate, up)]
-        made = torch.empty_like(tensors[1]), torch.empty_like(tensors[1])
+        made = torch.empty_like(tensors[1]), torch.empty_like(tensors[1]), torch.empty_like(tensors[1])
         self._gate_up_back(*(x.data_ptr() for x in (*tensors, *made)), made[0].numel())
         return made
 
