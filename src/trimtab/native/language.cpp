@@ -4,6 +4,7 @@
 // T is what numbers are stored as: float, or bfloat16 as its sixteen bits. Compiled when first used; see __init__.py.
 // Nothing here assumes finite numbers: a nan goes in and comes out.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -131,16 +132,18 @@ inline void turned(const T* from, const float* norm, float eps, const float* cos
     for (Long i = half; i < w; i++) to[i] = (x[i] * cos[i] + x[i - half] * sin[i]) * scale;
 }
 
-// out [G, N] = A [G, K] B [K, N], or += where there is `more`. B is read and out is written up to STEP - 1 places beyond a row's end.
+// out [G, N] = A [G, K] B [K, N], or += where there is `more`. B is read and out is written up to STEP - 1 places beyond a
+// row's end. A's rows are `lda` apart and its columns `next`.
 template <class T, int G>
-inline void small_product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long k, Long n, bool more) {
+inline void small_product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long k, Long n, bool more,
+                          Long next) {
     for (Long j = 0; j < n; j += STEP) {
         Lanes low[G] = {}, high[G] = {};
         if (more)
             for (int g = 0; g < G; g++) low[g] = load(out + g * ldo + j), high[g] = load(out + g * ldo + j + LANES);
         for (Long i = 0; i < k; i++) {
             const Lanes x = load(b + i * ldb + j), y = load(b + i * ldb + j + LANES);
-            for (int g = 0; g < G; g++) low[g] += a[g * lda + i] * x, high[g] += a[g * lda + i] * y;
+            for (int g = 0; g < G; g++) low[g] += a[g * lda + i * next] * x, high[g] += a[g * lda + i * next] * y;
         }
         for (int g = 0; g < G; g++) {
             std::memcpy(out + g * ldo + j, &low[g], sizeof(Lanes));
@@ -151,20 +154,24 @@ inline void small_product(const float* a, Long lda, const T* b, Long ldb, float*
 
 template <class T>
 void product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long g, Long k, Long n,
-             bool more = false) {
-    for (; g >= 4; g -= 4, a += 4 * lda, out += 4 * ldo) small_product<T, 4>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 3) small_product<T, 3>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 2) small_product<T, 2>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more);
+             bool more = false, Long next = 1) {
+    for (; g >= 4; g -= 4, a += 4 * lda, out += 4 * ldo) small_product<T, 4>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 3) small_product<T, 3>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 2) small_product<T, 2>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more, next);
 }
 
+// Softmax of s[0 .. count); the places behind become 0 up to the next LANES.
 inline void softmax(float* s, Long count) {
+    const Long end = (count + LANES - 1) / LANES * LANES;
+    for (Long j = count; j < end; j++) s[j] = -INFINITY;
     float most = s[0], sum = 0;
-    for (Long j = 1; j < count; j++) most = s[j] > most ? s[j] : most;
+#pragma omp simd reduction(max : most)
+    for (Long j = 0; j < end; j++) most = s[j] > most ? s[j] : most;
 #pragma omp simd reduction(+ : sum)
-    for (Long j = 0; j < count; j++) sum += s[j] = exponential(s[j] - most);
+    for (Long j = 0; j < end; j++) sum += s[j] = exponential(s[j] - most);
     const float inverse = 1.f / sum;
-    for (Long j = 0; j < count; j++) s[j] *= inverse;
+    for (Long j = 0; j < end; j++) s[j] *= inverse;
 }
 
 template <class T>
@@ -347,6 +354,128 @@ void turn(const T* x, const float* cos, const float* sin, T* out, Long tokens, L
     }
 }
 
+// Attention of a packed row, in the order of `_Packed` in language.py: what its tokens read or, where there is a `grad`,
+// the gradients of that.
+struct Packed {
+    const void *q, *k, *v;  // [S, H G, w], scaled, and [S, H, w] twice
+    const Long *rows;       // [R, 4]: tokens from [2] to [3] see those from [0] to [1], and those of themselves up to them
+    const Long *first;      // [F + 1]: the rows of each family; the first of them is what the others see, or sees nothing
+    const void *grad;       // [S, H G, w], or null
+    void *out;              // what is read, or the gradient of q
+    void *into_k, *into_v;  // [S, H, w]
+    float *k_parts, *v_parts;  // [S, H G, w]: the same of each query head
+    Long tokens, families, heads, groups, width;
+};
+
+constexpr Long QUERIES = 16;  // so many are read at a time; what only later ones see is left out
+
+// Rows [n, w] in float.
+template <class T>
+inline void widened(const T* x, Long ldx, float* to, Long n, Long w) {
+    for (Long j = 0; j < n; j++)
+        for (Long i = 0; i < w; i++) to[j * w + i] = wide(x[j * ldx + i]);
+}
+
+// The same on its side: [w, n], LANES x LANES at a time: four rounds of a perfect shuffle.
+template <class T>
+inline void on_its_side(const T* x, Long ldx, float* to, Long ld, Long n, Long w) {
+    for (Long j = 0; j < n; j += LANES)
+        for (Long i = 0; i < w; i += LANES) {
+            Lanes a[LANES] = {}, b[LANES];
+            for (Long r = 0; r < std::min(LANES, n - j); r++) a[r] = load(x + (j + r) * ldx + i);
+            for (int round = 0; round < 4; round++) {
+                for (Long r = 0; r < LANES / 2; r++) {
+                    const Lanes u = a[r], v = a[r + LANES / 2];
+                    b[2 * r] = __builtin_shufflevector(u, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                    b[2 * r + 1] = __builtin_shufflevector(u, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                }
+                std::memcpy(a, b, sizeof a);
+            }
+            for (Long r = 0; r < LANES; r++) std::memcpy(to + (i + r) * ld + j, &a[r], sizeof a[r]);
+        }
+}
+
+// One query head of the rows [first, last), which share what they see.
+template <class T>
+void packed_head(const Packed& a, const Long* row, const Long* last, Long head, std::vector<float>& held) {
+    const Long w = a.width, all = a.heads * a.groups * w, kept = a.heads * w, key_head = head / a.groups;
+    Long longest = 0;
+    for (const Long* r = row; r < last; r += 4) longest = std::max(longest, r[1] - r[0] + r[3] - r[2]);
+    const Long ld = longest + STEP;
+    held.resize(2 * ld * (w + QUERIES) + 3 * QUERIES * w);
+    float *keys = held.data(), *values = keys + w * ld, *p = values + w * ld, *slope = p + QUERIES * ld;
+    float *query = slope + QUERIES * ld, *grad = query + QUERIES * w, *made = grad + QUERIES * w;
+    for (; row < last; row += 4) {
+        const Long before = row[1] - row[0], own = row[3] - row[2];
+        const Long there = row[0] * kept + key_head * w, here = row[2] * kept + key_head * w;
+        const T *k_there = (const T*)a.k + there, *k_here = (const T*)a.k + here;
+        const T *v_there = (const T*)a.v + there, *v_here = (const T*)a.v + here;
+        float *k_before = a.k_parts + row[0] * all + head * w, *k_own = a.k_parts + row[2] * all + head * w;
+        float *v_before = a.v_parts + row[0] * all + head * w, *v_own = a.v_parts + row[2] * all + head * w;
+        on_its_side(k_here, kept, keys + before, ld, own, w);  // those before are there from the first row
+        if (a.grad) {
+            on_its_side(v_here, kept, values + before, ld, own, w);
+            for (Long j = 0; j < own; j++)
+                for (Long i = 0; i < w; i++) k_own[j * all + i] = v_own[j * all + i] = 0;
+        }
+        for (Long start = 0; start < own; start += QUERIES) {
+            const Long t = std::min(QUERIES, own - start), seen = before + start + 1, n = seen + t - 1;
+            const Long end = (n + LANES - 1) / LANES * LANES;
+            const Long place = (row[2] + start) * all + head * w;
+            widened((const T*)a.q + place, all, query, t, w);
+            product(query, w, keys, ld, p, ld, t, w, n);
+            for (Long i = 0; i < t; i++) {
+                for (Long j = seen + i; j < n; j++) p[i * ld + j] = -INFINITY;
+                softmax(p + i * ld, n);
+            }
+            if (a.grad) {
+                widened((const T*)a.grad + place, all, grad, t, w);
+                product(grad, w, values, ld, slope, ld, t, w, n);
+                for (Long i = 0; i < t; i++) {
+                    float *s = slope + i * ld, *q = p + i * ld, along = 0;
+#pragma omp simd reduction(+ : along)
+                    for (Long j = 0; j < end; j++) along += j < seen + i ? s[j] * q[j] : 0.f;
+#pragma omp simd
+                    for (Long j = 0; j < end; j++) s[j] = j < seen + i ? q[j] * (s[j] - along) : 0.f;
+                }
+                product(slope, 1, query, w, k_before, all, before, t, w, true, ld);
+                product(slope + before, 1, query, w, k_own, all, start + t, t, w, true, ld);
+                product(p, 1, grad, w, v_before, all, before, t, w, true, ld);
+                product(p + before, 1, grad, w, v_own, all, start + t, t, w, true, ld);
+            }
+            const float* weight = a.grad ? slope : p;
+            product(weight, ld, a.grad ? k_there : v_there, kept, made, w, t, before, w);
+            product(weight + before, ld, a.grad ? k_here : v_here, kept, made, w, t, start + t, w, true);
+            for (Long i = 0; i < t; i++)
+                for (Long j = 0; j < w; j++) put(((T*)a.out)[place + i * all + j], made[i * w + j]);
+        }
+    }
+}
+
+template <class T>
+void packed(const Packed& a) {
+    const Long heads = a.heads * a.groups, w = a.width;
+#pragma omp parallel
+    {
+        std::vector<float> held;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (Long f = 0; f < a.families; f++)
+            for (Long head = 0; head < heads; head++)
+                packed_head<T>(a, a.rows + 4 * a.first[f], a.rows + 4 * a.first[f + 1], head, held);
+        if (a.grad) {
+#pragma omp for schedule(static)
+            for (Long i = 0; i < a.tokens * a.heads; i++) {
+                float *k = a.k_parts + i * a.groups * w, *v = a.v_parts + i * a.groups * w;
+                for (Long g = 1; g < a.groups; g++)
+#pragma omp simd
+                    for (Long j = 0; j < w; j++) k[j] += k[g * w + j], v[j] += v[g * w + j];
+                for (Long j = 0; j < w; j++) put(((T*)a.into_k)[i * w + j], k[j]);
+                for (Long j = 0; j < w; j++) put(((T*)a.into_v)[i * w + j], v[j]);
+            }
+        }
+    }
+}
+
 // Rows of logits [n, V], times scale[i] unless null: logp[i] of token[i], and the entropy unless null. With `slopes`
 // the logits become p, and, unless null, `entropy_slopes` becomes -p (log p + entropy).
 template <class T>
@@ -425,6 +554,7 @@ extern "C" {
                      float sign, float scale) {                                                                       \
         turn(x, cos, sin, out, tokens, heads, w, sign, scale);                                                        \
     }                                                                                                                 \
+    void packed_##name(const Packed* a) { packed<T>(*a); }                                                            \
     void read_out_##name(T* logits, const Long* token, const float* scale, float* logp, float* entropy,               \
                          T* entropy_slopes, Long n, Long size, Long slopes) {                                         \
         read_out(logits, token, scale, logp, entropy, entropy_slopes, n, size, slopes);                               \

@@ -22,12 +22,24 @@ _POINTERS = (
 _NUMBERS = ("n", "heads", "groups", "width", "prompt_places", "said_places", "room", "time")
 
 
+# Places that are read at a time, as in language.cpp.
+STEP = 32
+
+
 class _Attend(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in _POINTERS),
         *((name, c_int64) for name in _NUMBERS),
         ("scale", c_float),
         ("eps", c_float),
+    )
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "rows", "first", "grad", "out")),
+        *((name, c_void_p) for name in ("into_k", "into_v", "k_parts", "v_parts")),
+        *((name, c_int64) for name in ("tokens", "families", "heads", "groups", "width")),
     )
 
 
@@ -46,6 +58,7 @@ class Kernels:
         self._gate_up = _typed(compiled, f"gate_up_{suffix}", [c_void_p] * 3, [c_int64])
         self._gate_up_back = _typed(compiled, f"gate_up_back_{suffix}", [c_void_p] * 6, [c_int64])
         self._turn = _typed(compiled, f"turn_{suffix}", [c_void_p] * 4, [c_int64] * 3, [c_float] * 2)
+        self._packed = _typed(compiled, f"packed_{suffix}", [c_void_p])
         self._read_out = _typed(compiled, f"read_out_{suffix}", [c_void_p] * 6, [c_int64] * 3)
 
     @staticmethod
@@ -151,6 +164,25 @@ class Kernels:
         at = (t.data_ptr() for t in (*tensors, out))
         self._turn(*at, out.numel() // (heads * w), heads, w, -1.0 if back else 1.0, scale)
         return out
+
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, first: Tensor, grad: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Attention of a packed row: what scaled queries `[S, H G, w]` read of keys and values `[S, H, w]`.
+
+        With its `grad`, the gradients towards all three. rows, first: see `packing.Packed`. w is a multiple of STEP.
+        """
+        tokens, heads, width = k.shape
+        held = [x.contiguous() for x in (q, k, v)]
+        out = torch.empty_like(held[0])
+        into = [] if grad is None else [torch.empty_like(x) for x in held[1:]]
+        parts = [torch.empty_like(out, dtype=torch.float32) for _ in into]
+        grad = None if grad is None else grad.to(self.dtype).contiguous()
+        given = map(_at, (*held, rows, first, grad, out, *into, *parts))
+        groups = q.shape[1] // heads
+        asked = _Packed(*given, tokens=tokens, families=len(first) - 1, heads=heads, groups=groups, width=width)
+        self._packed(ctypes.byref(asked))
+        return (out, *into)
 
     def read_out(
         self, logits: Tensor, token: Tensor, scale: Tensor | None, logp: Tensor, entropy: Tensor | None,
