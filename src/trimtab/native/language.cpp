@@ -161,9 +161,17 @@ void product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ld
     if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more, next);
 }
 
+inline Long rounded(Long count) { return (count + LANES - 1) / LANES * LANES; }
+
+// So many numbers, from the start of a line of memory: a load across two takes twice as long.
+inline float* aligned(std::vector<float>& held, Long count) {
+    held.resize(count + LANES);
+    return (float*)((uintptr_t(held.data()) + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+}
+
 // Softmax of s[0 .. count); the places behind become 0 up to the next LANES.
 inline void softmax(float* s, Long count) {
-    const Long end = (count + LANES - 1) / LANES * LANES;
+    const Long end = rounded(count);
     for (Long j = count; j < end; j++) s[j] = -INFINITY;
     float most = s[0], sum = 0;
 #pragma omp simd reduction(max : most)
@@ -176,19 +184,18 @@ inline void softmax(float* s, Long count) {
 
 template <class T>
 void attend(const Attend& a) {
-    const Long w = a.width, all = (a.groups + 2) * a.heads * w, column = a.time % a.room, wider = w + STEP;
+    const Long w = a.width, all = (a.groups + 2) * a.heads * w, column = a.time % a.room, wider = rounded(w) + STEP;
 #pragma omp parallel if (a.n * a.heads > 1)
     {
         std::vector<float> held;
 #pragma omp for schedule(static)
         for (Long b = 0; b < a.n * a.heads; b++) {
             const Long row = b / a.heads, h = b % a.heads, mine = a.owner[row], before = a.lengths[mine];
-            const Long said = a.time - a.born[row] + 1, total = before + said, stride = total + STEP;
+            const Long said = a.time - a.born[row] + 1, total = before + said, stride = rounded(total) + STEP;
             // Where the ring holds its oldest token, how many follow up to the ring's end, and how many from its start.
             const Long first = (a.time - said + 1) % a.room, straight = said < a.room - first ? said : a.room - first;
-            held.resize(a.groups * (w + stride + wider) + 2 * w);
-            float *query = held.data(), *s = query + a.groups * w, *out = s + a.groups * stride;
-            float *x = out + a.groups * wider, *key = x + w;
+            float *out = aligned(held, a.groups * (w + stride + wider) + 2 * w), *s = out + a.groups * wider;
+            float *query = s + a.groups * stride, *x = query + a.groups * w, *key = x + w;
             const T* qkv = (const T*)a.qkv + row * all;
             const float *cos = a.cos + row * w, *sin = a.sin + row * w;
             for (Long g = 0; g < a.groups; g++)
@@ -363,8 +370,7 @@ struct Packed {
     const void *grad;       // [S, H G, w], or null
     void *out;              // what is read, or the gradient of q
     void *into_k, *into_v;  // [S, H, w]
-    float *k_parts, *v_parts;  // [S, H G, w]: the same of each query head
-    Long tokens, families, heads, groups, width;
+    Long families, heads, groups, width;
 };
 
 constexpr Long QUERIES = 16;  // so many are read at a time; what only later ones see is left out
@@ -395,84 +401,80 @@ inline void on_its_side(const T* x, Long ldx, float* to, Long ld, Long n, Long w
         }
 }
 
-// One query head of the rows [first, last), which share what they see.
+// One key head of a family, the rows from `row` on.
 template <class T>
 void packed_head(const Packed& a, const Long* row, const Long* last, Long head, std::vector<float>& held) {
-    const Long w = a.width, all = a.heads * a.groups * w, kept = a.heads * w, key_head = head / a.groups;
+    const Long w = a.width, all = a.heads * a.groups * w, kept = a.heads * w, *const prompt = row;
     Long longest = 0;
     for (const Long* r = row; r < last; r += 4) longest = std::max(longest, r[1] - r[0] + r[3] - r[2]);
-    const Long ld = longest + STEP;
-    held.resize(2 * ld * (w + QUERIES) + 3 * QUERIES * w);
-    float *keys = held.data(), *values = keys + w * ld, *p = values + w * ld, *slope = p + QUERIES * ld;
-    float *query = slope + QUERIES * ld, *grad = query + QUERIES * w, *made = grad + QUERIES * w;
+    const Long ld = rounded(longest) + STEP;
+    // What is seen stands before what is the row's own, here and in the scores; it is there from the first row on.
+    float *keys = aligned(held, 4 * w * ld + 2 * QUERIES * ld + 3 * QUERIES * w), *values = keys + w * ld;  // [w, ld]
+    float *into_k = values + w * ld, *into_v = into_k + ld * w;        // [ld, w]
+    float *p = into_v + ld * w, *slope = p + QUERIES * ld;             // [QUERIES, ld]
+    float *query = slope + QUERIES * ld, *grad = query + QUERIES * w;  // [QUERIES, w]
+    float* made = grad + QUERIES * w;
+    const auto give = [&](const Long* r, Long from) {
+        for (Long j = 0; j < r[3] - r[2]; j++)
+            for (Long i = 0; i < w; i++) {
+                const Long to = (r[2] + j) * kept + head * w + i;
+                put(((T*)a.into_k)[to], into_k[(from + j) * w + i]), put(((T*)a.into_v)[to], into_v[(from + j) * w + i]);
+            }
+    };
     for (; row < last; row += 4) {
         const Long before = row[1] - row[0], own = row[3] - row[2];
-        const Long there = row[0] * kept + key_head * w, here = row[2] * kept + key_head * w;
+        const Long there = row[0] * kept + head * w, here = row[2] * kept + head * w;
         const T *k_there = (const T*)a.k + there, *k_here = (const T*)a.k + here;
         const T *v_there = (const T*)a.v + there, *v_here = (const T*)a.v + here;
-        float *k_before = a.k_parts + row[0] * all + head * w, *k_own = a.k_parts + row[2] * all + head * w;
-        float *v_before = a.v_parts + row[0] * all + head * w, *v_own = a.v_parts + row[2] * all + head * w;
-        on_its_side(k_here, kept, keys + before, ld, own, w);  // those before are there from the first row
+        on_its_side(k_here, kept, keys + before, ld, own, w);
         if (a.grad) {
             on_its_side(v_here, kept, values + before, ld, own, w);
-            for (Long j = 0; j < own; j++)
-                for (Long i = 0; i < w; i++) k_own[j * all + i] = v_own[j * all + i] = 0;
+            std::fill(into_k + before * w, into_k + (before + own) * w, 0.f);
+            std::fill(into_v + before * w, into_v + (before + own) * w, 0.f);
         }
-        for (Long start = 0; start < own; start += QUERIES) {
-            const Long t = std::min(QUERIES, own - start), seen = before + start + 1, n = seen + t - 1;
-            const Long end = (n + LANES - 1) / LANES * LANES;
-            const Long place = (row[2] + start) * all + head * w;
-            widened((const T*)a.q + place, all, query, t, w);
-            product(query, w, keys, ld, p, ld, t, w, n);
-            for (Long i = 0; i < t; i++) {
-                for (Long j = seen + i; j < n; j++) p[i * ld + j] = -INFINITY;
-                softmax(p + i * ld, n);
-            }
-            if (a.grad) {
-                widened((const T*)a.grad + place, all, grad, t, w);
-                product(grad, w, values, ld, slope, ld, t, w, n);
+        for (Long start = 0; start < own; start += QUERIES)
+            for (Long g = 0; g < a.groups; g++) {
+                const Long t = std::min(QUERIES, own - start), seen = before + start + 1, n = seen + t - 1;
+                const Long end = rounded(n), place = (row[2] + start) * all + (head * a.groups + g) * w;
+                widened((const T*)a.q + place, all, query, t, w);
+                product(query, w, keys, ld, p, ld, t, w, n);
                 for (Long i = 0; i < t; i++) {
-                    float *s = slope + i * ld, *q = p + i * ld, along = 0;
-#pragma omp simd reduction(+ : along)
-                    for (Long j = 0; j < end; j++) along += j < seen + i ? s[j] * q[j] : 0.f;
-#pragma omp simd
-                    for (Long j = 0; j < end; j++) s[j] = j < seen + i ? q[j] * (s[j] - along) : 0.f;
+                    for (Long j = seen + i; j < n; j++) p[i * ld + j] = -INFINITY;
+                    softmax(p + i * ld, n);
                 }
-                product(slope, 1, query, w, k_before, all, before, t, w, true, ld);
-                product(slope + before, 1, query, w, k_own, all, start + t, t, w, true, ld);
-                product(p, 1, grad, w, v_before, all, before, t, w, true, ld);
-                product(p + before, 1, grad, w, v_own, all, start + t, t, w, true, ld);
+                if (a.grad) {
+                    widened((const T*)a.grad + place, all, grad, t, w);
+                    product(grad, w, values, ld, slope, ld, t, w, n);
+                    for (Long i = 0; i < t; i++) {
+                        float *s = slope + i * ld, *q = p + i * ld, along = 0;
+#pragma omp simd reduction(+ : along)
+                        for (Long j = 0; j < end; j++) along += j < seen + i ? s[j] * q[j] : 0.f;
+#pragma omp simd
+                        for (Long j = 0; j < end; j++) s[j] = j < seen + i ? q[j] * (s[j] - along) : 0.f;
+                    }
+                    product(slope, 1, query, w, into_k, w, n, t, w, true, ld);
+                    product(p, 1, grad, w, into_v, w, n, t, w, true, ld);
+                }
+                const float* weight = a.grad ? slope : p;
+                product(weight, ld, a.grad ? k_there : v_there, kept, made, w, t, before, w);
+                product(weight + before, ld, a.grad ? k_here : v_here, kept, made, w, t, start + t, w, true);
+                for (Long i = 0; i < t; i++)
+                    for (Long j = 0; j < w; j++) put(((T*)a.out)[place + i * all + j], made[i * w + j]);
             }
-            const float* weight = a.grad ? slope : p;
-            product(weight, ld, a.grad ? k_there : v_there, kept, made, w, t, before, w);
-            product(weight + before, ld, a.grad ? k_here : v_here, kept, made, w, t, start + t, w, true);
-            for (Long i = 0; i < t; i++)
-                for (Long j = 0; j < w; j++) put(((T*)a.out)[place + i * all + j], made[i * w + j]);
-        }
+        if (a.grad && row != prompt) give(row, before);
     }
+    if (a.grad) give(prompt, 0);
 }
 
 template <class T>
 void packed(const Packed& a) {
-    const Long heads = a.heads * a.groups, w = a.width;
 #pragma omp parallel
     {
         std::vector<float> held;
 #pragma omp for collapse(2) schedule(dynamic)
         for (Long f = 0; f < a.families; f++)
-            for (Long head = 0; head < heads; head++)
+            for (Long head = 0; head < a.heads; head++)
                 packed_head<T>(a, a.rows + 4 * a.first[f], a.rows + 4 * a.first[f + 1], head, held);
-        if (a.grad) {
-#pragma omp for schedule(static)
-            for (Long i = 0; i < a.tokens * a.heads; i++) {
-                float *k = a.k_parts + i * a.groups * w, *v = a.v_parts + i * a.groups * w;
-                for (Long g = 1; g < a.groups; g++)
-#pragma omp simd
-                    for (Long j = 0; j < w; j++) k[j] += k[g * w + j], v[j] += v[g * w + j];
-                for (Long j = 0; j < w; j++) put(((T*)a.into_k)[i * w + j], k[j]);
-                for (Long j = 0; j < w; j++) put(((T*)a.into_v)[i * w + j], v[j]);
-            }
-        }
     }
 }
 

@@ -38,8 +38,8 @@ class _Attend(ctypes.Structure):
 class _Packed(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "rows", "first", "grad", "out")),
-        *((name, c_void_p) for name in ("into_k", "into_v", "k_parts", "v_parts")),
-        *((name, c_int64) for name in ("tokens", "families", "heads", "groups", "width")),
+        *((name, c_void_p) for name in ("into_k", "into_v")),
+        *((name, c_int64) for name in ("families", "heads", "groups", "width")),
     )
 
 
@@ -172,17 +172,18 @@ class Kernels:
 
         With its `grad`, the gradients towards all three. rows, first: see `packing.Packed`. w is a multiple of STEP.
         """
-        tokens, heads, width = k.shape
+        families, (_, heads, width), groups = len(first) - 1, k.shape, q.shape[1] // k.shape[1]
+        alone = groups > 1 and families * heads < 2 * torch.get_num_threads()
+        if alone:  # too few to share: every query head has keys of its own
+            k, v, heads = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), heads * groups
         held = [x.contiguous() for x in (q, k, v)]
         out = torch.empty_like(held[0])
         into = [] if grad is None else [torch.empty_like(x) for x in held[1:]]
-        parts = [torch.empty_like(out, dtype=torch.float32) for _ in into]
         grad = None if grad is None else grad.to(self.dtype).contiguous()
-        given = map(_at, (*held, rows, first, grad, out, *into, *parts))
-        groups = q.shape[1] // heads
-        asked = _Packed(*given, tokens=tokens, families=len(first) - 1, heads=heads, groups=groups, width=width)
+        given = map(_at, (*held, rows, first, grad, out, *into))
+        asked = _Packed(*given, families=families, heads=heads, groups=q.shape[1] // heads, width=width)
         self._packed(ctypes.byref(asked))
-        return (out, *into)
+        return (out, *(x.unflatten(1, (-1, groups)).sum(2) if alone else x for x in into))
 
     def read_out(
         self, logits: Tensor, token: Tensor, scale: Tensor | None, logp: Tensor, entropy: Tensor | None,
