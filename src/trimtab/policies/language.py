@@ -31,9 +31,9 @@ from trimtab.policies.working import Working, stamp
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
-# Response tokens of a training pass, from which on its cost per token is flat on a CPU. Four times as many where all
+# Response tokens of a training pass, from which on its cost per token is flat on a CPU. Twice as many where all
 # weights learn: every pass reads them all, and adds up as many gradients.
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 2048
 # Attention scores of one layer (rows x heads x places x places) that are kept for the backward: 16 MiB in float32.
 SCORES_AT_ONCE = 2**22
 # Beside a saved model: what its files do not say about how it was used.
@@ -171,7 +171,7 @@ class LanguagePolicy(nn.Module):
         """
         if self.device.type != "cpu":
             return None
-        tokens = TOKENS_AT_ONCE if self.lora else 4 * TOKENS_AT_ONCE
+        tokens = TOKENS_AT_ONCE if self.lora else 2 * TOKENS_AT_ONCE
         said, before = (batch[name].sum(1).double().mean().item() for name in ("mask", "prompt_mask"))
         return math.ceil(max(tokens, 8 * before) / max(said, 1))
 
