@@ -160,7 +160,7 @@ class LanguagePolicy(nn.Module):
             kind = {name: torch.long if name == "topk_ids" else self.wide for name in want}
             return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=kind[name], device=self.device) for name in want}
         again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
-        with self._narrow(), self._attention(view), lean(self.causal), again:
+        with self._narrow(), lean(self.causal), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
 
@@ -182,7 +182,9 @@ class LanguagePolicy(nn.Module):
             states = self._states(view)
         else:
             inputs, last = self._inputs(view.ids, view.attend_all), view.picked.shape[1]
-            got = self.causal(**inputs, **_last_logits(self.causal, last), output_hidden_states="hidden" in want)
+            inputs |= {**_last_logits(self.causal, last), "output_hidden_states": "hidden" in want}
+            with self._attention(view):
+                got = self.causal(**inputs)
             states, head = got.logits[:, -last:][view.picked], _same
             if "hidden" in want:
                 out["hidden"] = got.hidden_states[-1][:, -last:][view.picked].to(self.wide)
@@ -202,6 +204,11 @@ class LanguagePolicy(nn.Module):
             packed = packing.pack(view, getattr(self.causal.config, "num_attention_heads", 1))
             self.reading.count(len(packed.ids), len(packed.ids))
             return packing.states(self.causal, packed)[packed.state[view.picked]]
+        with self._attention(view):
+            return self._padded_states(view)
+
+    def _padded_states(self, view: View) -> Tensor:
+        """The same of a model that cannot read rows as one."""
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
         cache = DynamicCache(config=self.causal.config)
