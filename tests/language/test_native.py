@@ -139,6 +139,24 @@ def test_attention_of_a_packed_row(dtype: torch.dtype, ragged: list[tuple[int, l
 
 
 @compiled
+@pytest.mark.parametrize("dtype", NARROW)
+def test_few_rows_share_the_threads_and_a_nan_stays_where_it_is(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """One prompt has fewer key heads than there are threads; a query that is nan makes nan of what it reads alone."""
+    packed = packed_rows([(5, [20, 3])])
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(len(packed.ids), h, 32).to(dtype) for h in (6, 2, 2, 6))
+    made = []
+    for threads in (1, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made.append(kernels(dtype).packed(q, k, v, packed.rows, packed.first, grad))
+    for shared, alone in zip(*made, strict=True):
+        close(shared, alone)
+    q[7, 4] = torch.nan
+    (out,) = kernels(dtype).packed(q, k, v, packed.rows, packed.first)
+    assert out.isnan().any(2).nonzero().tolist() == [[7, 4]]
+
+
+@compiled
 def test_a_gradient_of_attention_is_differentiated_again(without: Any) -> None:
     packed = packed_rows([(5, [4, 2]), (3, [7])])
     torch.manual_seed(0)

@@ -176,7 +176,8 @@ class Kernels:
         alone = groups > 1 and families * heads < 2 * torch.get_num_threads()
         if alone:  # too few to share: every query head has keys of its own
             k, v, heads = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), heads * groups
-        held = [x.contiguous() for x in (q, k, v)]
+        assert width % STEP == 0
+        held = [x.to(self.dtype).contiguous() for x in (q, k, v)]
         out = torch.empty_like(held[0])
         into = [] if grad is None else [torch.empty_like(x) for x in held[1:]]
         grad = None if grad is None else grad.to(self.dtype).contiguous()

@@ -67,9 +67,10 @@ class Block:
 class Packed:
     """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0.
 
-    laid: the tokens of all blocks, one after the other. made `[S]`: where each token is among them. rows `[R, 4]`, for
-    compiled kernels: the tokens from [2] to [3] see those from [0] to [1] and, causally, themselves. A prompt, which sees
-    nothing else, and after it the rows that see it: first `[prompts + 1]` says where in `rows` they begin.
+    laid: the tokens of all blocks, one after the other. made `[S]`: where each token is among them.
+
+    For compiled kernels, rows `[R, 4]`: the tokens from [2] to [3] see those from [0] to [1] and, causally, themselves.
+    first `[prompts + 1]`: where in `rows` each prompt is, which sees nothing else; those that see it follow.
     """
 
     ids: Tensor
@@ -277,7 +278,7 @@ def _kernels(q: Tensor) -> Kernels | None:
 
 
 class _Read(torch.autograd.Function):
-    """`_by_blocks` in one pass, which keeps nothing but what it reads; a gradient of its gradient is that of the blocks."""
+    """`_by_blocks` in one pass, keeping its inputs alone; a gradient of its gradient is that of the blocks."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
