@@ -48,9 +48,9 @@ inline Lanes load(const bf16* from) {
     return (Lanes)(__builtin_convertvector(h, Bits) << 16);
 }
 
-// e^x, relative error below 2e-7; 0 below -87. Cephes' polynomial after x = n log 2 + r.
+// e^x, relative error below 2e-7; 0 below -87.7. Cephes' polynomial after x = n log 2 + r.
 inline float exponential(float x) {
-    float low = x < -87.f ? -87.f : x;
+    float low = x < -88.f ? -88.f : x;  // there n is -127, and the scale 0
     low = low > 88.f ? 88.f : low;
     float n = std::nearbyintf(low * 1.44269504088896341f);
     float r = low - n * 0.693359375f + n * 2.12194440e-4f;
@@ -64,7 +64,7 @@ inline float exponential(float x) {
     int32_t bits = (int32_t(n) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
-    return x < -87.f ? 0.f : p * scale;
+    return p * scale;
 }
 
 inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
