@@ -98,13 +98,11 @@ GROWTH = (
 )
 IN_THE_WAY = (
     "Only torch's products and attention are counted, so what is missing to 100% is everything else. What lies between "
-    "them is one pass each (`trimtab.native`); what is left: attention of a packed row, whose products are small; "
-    "a rank-16 adapter, whose products are thin; adapters merged for the sampler, once a turn; and in decoding the "
-    "keys and values of every row, read once a step. The products themselves run at the rate above, or nearly: in the "
-    "training pass they are two thirds of the time, so no kernel between them can make it twice as fast. Tried and "
-    "left out: attention of a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel takes 15, "
-    "after 17 s of compiling; attention of a packed row as a kernel, no faster than torch's batched products of "
-    "bfloat16."
+    "them is one pass each (`trimtab.native`), attention of a packed row too; what is left: a rank-16 adapter, whose "
+    "products are thin; adapters merged for the sampler, once a turn; and in decoding the keys and values of every "
+    "row, read once a step. The products themselves run at the rate above, or nearly: in the training pass they are "
+    "three quarters of the time, so no kernel between them can make it much faster. Tried and left out: attention of "
+    "a decoding step under torch.compile, 20 ms a step at 64 rows where the kernel took 15, after 17 s of compiling."
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.language.test_training_pass import ragged
 from trimtab.policies.builtin import load_policy
-from trimtab.policies.lean import Adapted, Gated, GatedAdapted, Norm, lean
+from trimtab.policies.lean import Adapted, Base, Gated, GatedAdapted, Norm, lean
 
 F64 = torch.float64
 
@@ -23,7 +23,7 @@ def some(*shape: int, seed: int = 0) -> Tensor:
 
 def adapter(bias: bool) -> tuple[Any, tuple[Tensor, ...]]:
     weight, shift = some(5, 4).detach(), some(5, seed=1).detach() if bias else None
-    made = lambda x, a, b: Adapted.apply(x, weight, shift, a, b, 0.7, F64)  # noqa: E731
+    made = lambda x, a, b: Adapted.apply(x, [Base(weight, shift, 0.7)], F64, a, b)[0]  # noqa: E731
     return made, (some(2, 3, 4, seed=2), some(2, 4, seed=3), some(5, 2, seed=4))
 
 
@@ -34,6 +34,18 @@ def test_an_adapter_is_the_sum_it_stands_for(bias: bool) -> None:
     torch.testing.assert_close(made(x, a, b), F.linear(x, weight, shift) + 0.7 * (x @ a.T) @ b.T)
     assert torch.autograd.gradcheck(made, (x, a, b))
     assert torch.autograd.gradgradcheck(made, (x, a, b))
+
+
+def test_adapters_of_one_input_together_are_each_alone() -> None:
+    """Layers of different widths, ranks and scalings."""
+    bases = [Base(some(n, 4, seed=n).detach(), None if n == 3 else some(n, seed=9).detach(), n / 5) for n in (5, 3, 2)]
+    x, *adapters = (some(2, 3, 4, seed=2), some(2, 4, seed=3), some(5, 2, seed=4), some(1, 4, seed=5),
+                    some(3, 1, seed=6), some(3, 4, seed=7), some(2, 3, seed=8))  # fmt: skip
+    made = lambda x, *adapters: Adapted.apply(x, bases, F64, *adapters)  # noqa: E731
+    for i, (base, y) in enumerate(zip(bases, made(x, *adapters), strict=True)):
+        torch.testing.assert_close(y, Adapted.apply(x, [base], F64, *adapters[2 * i : 2 * i + 2])[0])
+    assert torch.autograd.gradcheck(made, (x, *adapters))
+    assert torch.autograd.gradgradcheck(made, (x, *adapters))
 
 
 def test_a_norm_is_that_of_torch() -> None:
@@ -52,10 +64,10 @@ def test_a_gate_is_silu_times_up() -> None:
 
 
 def test_an_adapter_behind_a_gate_is_both() -> None:
-    weight, shift = some(5, 4).detach(), some(5, seed=1).detach()
-    made = lambda gate, up, a, b: GatedAdapted.apply(gate, up, weight, shift, a, b, 0.7, F64)  # noqa: E731
+    base = Base(some(5, 4).detach(), some(5, seed=1).detach(), 0.7)
+    made = lambda gate, up, a, b: GatedAdapted.apply(gate, up, base, F64, a, b)  # noqa: E731
     gate, up, a, b = some(3, 4, seed=2), some(3, 4, seed=3), some(2, 4, seed=4), some(5, 2, seed=5)
-    want = Adapted.apply(F.silu(gate) * up, weight, shift, a, b, 0.7, F64)
+    (want,) = Adapted.apply(F.silu(gate) * up, [base], F64, a, b)
     torch.testing.assert_close(made(gate, up, a, b), want)
     assert torch.autograd.gradcheck(made, (gate, up, a, b))
     assert torch.autograd.gradgradcheck(made, (gate, up, a, b))

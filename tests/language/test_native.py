@@ -15,10 +15,13 @@ from torch import Tensor
 from trimtab import native
 from trimtab.core.errors import TrimtabWarning
 from trimtab.native.language import Kernels
+from trimtab.policies import packing
 from trimtab.policies.builtin import load_policy
 from trimtab.policies.draws import Sampling, draw
 from trimtab.policies.lean import Norm, Turned, _gate_up, _ungated
 from trimtab.policies.readout import Readout
+from trimtab.policies.sampler import pad_left
+from trimtab.policies.view import View
 
 CPU = torch.device("cpu")
 NARROW = [torch.float32, torch.bfloat16]
@@ -98,6 +101,73 @@ def test_turn_and_back(dtype: torch.dtype, width: int, without: Any) -> None:
         close(ours, theirs)
     there = kernels(dtype).turn(x, angle.cos(), angle.sin(), 1.0)
     close(kernels(dtype).turn(there, angle.cos(), angle.sin(), 1.0, back=True), x)
+
+
+def packed_rows(ragged: list[tuple[int, list[int]]]) -> packing.Packed:
+    """Rows packed into one: of each prompt its length, and how many tokens are read of each of its responses."""
+    rows = [(torch.arange(p) + 100 * i, said) for i, (p, every) in enumerate(ragged) for said in every]
+    prompt, attend = pad_left([ids.tolist() for ids, _ in rows], 0)
+    most = max(said for _, said in rows) + 1
+    said = torch.arange(len(rows) * most).view(len(rows), most)
+    picked = torch.arange(most) == torch.tensor([[s] for _, s in rows])
+    line = torch.arange(len(rows))
+    return packing.pack(View(prompt, attend, said, picked, None, line, line, (len(rows), most)), 1)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    "ragged",
+    [[(1, [0])], [(5, [15, 0, 16, 17]), (40, [3])], [(300, [33, 1]), (2, [290])]],
+    ids=["one token", "ragged", "tiles"],
+)
+def test_attention_of_a_packed_row(dtype: torch.dtype, ragged: list[tuple[int, list[int]]], without: Any) -> None:
+    """Values and gradients, those of later tokens exactly zero, and gradients of gradients."""
+    packed = packed_rows(ragged)
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(len(packed.ids), h, 64).to(dtype) for h in (6, 2, 2, 6))
+    q = q / 8
+
+    def read(*of: Tensor) -> list[Tensor]:
+        of = tuple(x.clone().requires_grad_() for x in of)
+        out = packing.attend(*of, packed)
+        return [out, *torch.autograd.grad(out, of, upstream.to(of[0].dtype))]
+
+    exact = without(read, q.double(), k.double(), v.double())
+    for ours, theirs, want in zip(read(q, k, v), without(read, q, k, v), exact, strict=True):
+        assert (ours - want).norm() <= 1.1 * (theirs - want).norm() + 1e-6 * want.norm()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", NARROW)
+def test_few_rows_share_the_threads_and_a_nan_stays_where_it_is(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """One prompt has fewer key heads than there are threads; a query that is nan makes nan of what it reads alone."""
+    packed = packed_rows([(5, [20, 3])])
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(len(packed.ids), h, 32).to(dtype) for h in (6, 2, 2, 6))
+    made = []
+    for threads in (1, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made.append(kernels(dtype).packed(q, k, v, packed.rows, packed.first, grad))
+    for shared, alone in zip(*made, strict=True):
+        close(shared, alone)
+    q[7, 4] = torch.nan
+    (out,) = kernels(dtype).packed(q, k, v, packed.rows, packed.first)
+    assert out.isnan().any(2).nonzero().tolist() == [[7, 4]]
+
+
+@compiled
+def test_a_gradient_of_attention_is_differentiated_again(without: Any) -> None:
+    packed = packed_rows([(5, [4, 2]), (3, [7])])
+    torch.manual_seed(0)
+    of = [torch.randn(len(packed.ids), h, 32).requires_grad_() for h in (4, 2, 2)]
+
+    def second() -> list[Tensor]:
+        first = torch.autograd.grad(packing.attend(*of, packed).square().sum(), of, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), of))
+
+    for ours, theirs in zip(second(), without(second), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 @compiled

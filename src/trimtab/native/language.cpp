@@ -4,6 +4,7 @@
 // T is what numbers are stored as: float, or bfloat16 as its sixteen bits. Compiled when first used; see __init__.py.
 // Nothing here assumes finite numbers: a nan goes in and comes out.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,9 +48,9 @@ inline Lanes load(const bf16* from) {
     return (Lanes)(__builtin_convertvector(h, Bits) << 16);
 }
 
-// e^x, relative error below 2e-7; 0 below -87. Cephes' polynomial after x = n log 2 + r.
+// e^x, relative error below 2e-7; 0 below -87.7. Cephes' polynomial after x = n log 2 + r.
 inline float exponential(float x) {
-    float low = x < -87.f ? -87.f : x;
+    float low = x < -88.f ? -88.f : x;  // there n is -127, and the scale 0
     low = low > 88.f ? 88.f : low;
     float n = std::nearbyintf(low * 1.44269504088896341f);
     float r = low - n * 0.693359375f + n * 2.12194440e-4f;
@@ -63,7 +64,7 @@ inline float exponential(float x) {
     int32_t bits = (int32_t(n) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
-    return x < -87.f ? 0.f : p * scale;
+    return p * scale;
 }
 
 inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
@@ -131,16 +132,18 @@ inline void turned(const T* from, const float* norm, float eps, const float* cos
     for (Long i = half; i < w; i++) to[i] = (x[i] * cos[i] + x[i - half] * sin[i]) * scale;
 }
 
-// out [G, N] = A [G, K] B [K, N], or += where there is `more`. B is read and out is written up to STEP - 1 places beyond a row's end.
+// out [G, N] = A [G, K] B [K, N], or += where there is `more`. B is read and out is written up to STEP - 1 places beyond a
+// row's end. A's rows are `lda` apart and its columns `next`.
 template <class T, int G>
-inline void small_product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long k, Long n, bool more) {
+inline void small_product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long k, Long n, bool more,
+                          Long next) {
     for (Long j = 0; j < n; j += STEP) {
         Lanes low[G] = {}, high[G] = {};
         if (more)
             for (int g = 0; g < G; g++) low[g] = load(out + g * ldo + j), high[g] = load(out + g * ldo + j + LANES);
         for (Long i = 0; i < k; i++) {
             const Lanes x = load(b + i * ldb + j), y = load(b + i * ldb + j + LANES);
-            for (int g = 0; g < G; g++) low[g] += a[g * lda + i] * x, high[g] += a[g * lda + i] * y;
+            for (int g = 0; g < G; g++) low[g] += a[g * lda + i * next] * x, high[g] += a[g * lda + i * next] * y;
         }
         for (int g = 0; g < G; g++) {
             std::memcpy(out + g * ldo + j, &low[g], sizeof(Lanes));
@@ -151,37 +154,48 @@ inline void small_product(const float* a, Long lda, const T* b, Long ldb, float*
 
 template <class T>
 void product(const float* a, Long lda, const T* b, Long ldb, float* out, Long ldo, Long g, Long k, Long n,
-             bool more = false) {
-    for (; g >= 4; g -= 4, a += 4 * lda, out += 4 * ldo) small_product<T, 4>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 3) small_product<T, 3>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 2) small_product<T, 2>(a, lda, b, ldb, out, ldo, k, n, more);
-    if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more);
+             bool more = false, Long next = 1) {
+    for (; g >= 4; g -= 4, a += 4 * lda, out += 4 * ldo) small_product<T, 4>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 3) small_product<T, 3>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 2) small_product<T, 2>(a, lda, b, ldb, out, ldo, k, n, more, next);
+    if (g == 1) small_product<T, 1>(a, lda, b, ldb, out, ldo, k, n, more, next);
 }
 
+inline Long rounded(Long count) { return (count + LANES - 1) / LANES * LANES; }
+
+// So many numbers, from the start of a line of memory: a load across two takes twice as long.
+inline float* aligned(std::vector<float>& held, Long count) {
+    held.resize(count + LANES);
+    return (float*)((uintptr_t(held.data()) + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+}
+
+// Softmax of s[0 .. count); the places behind become 0 up to the next LANES.
 inline void softmax(float* s, Long count) {
+    const Long end = rounded(count);
+    for (Long j = count; j < end; j++) s[j] = -INFINITY;
     float most = s[0], sum = 0;
-    for (Long j = 1; j < count; j++) most = s[j] > most ? s[j] : most;
+#pragma omp simd reduction(max : most)
+    for (Long j = 0; j < end; j++) most = s[j] > most ? s[j] : most;
 #pragma omp simd reduction(+ : sum)
-    for (Long j = 0; j < count; j++) sum += s[j] = exponential(s[j] - most);
+    for (Long j = 0; j < end; j++) sum += s[j] = exponential(s[j] - most);
     const float inverse = 1.f / sum;
-    for (Long j = 0; j < count; j++) s[j] *= inverse;
+    for (Long j = 0; j < end; j++) s[j] *= inverse;
 }
 
 template <class T>
 void attend(const Attend& a) {
-    const Long w = a.width, all = (a.groups + 2) * a.heads * w, column = a.time % a.room, wider = w + STEP;
+    const Long w = a.width, all = (a.groups + 2) * a.heads * w, column = a.time % a.room, wider = rounded(w) + STEP;
 #pragma omp parallel if (a.n * a.heads > 1)
     {
         std::vector<float> held;
 #pragma omp for schedule(static)
         for (Long b = 0; b < a.n * a.heads; b++) {
             const Long row = b / a.heads, h = b % a.heads, mine = a.owner[row], before = a.lengths[mine];
-            const Long said = a.time - a.born[row] + 1, total = before + said, stride = total + STEP;
+            const Long said = a.time - a.born[row] + 1, total = before + said, stride = rounded(total) + STEP;
             // Where the ring holds its oldest token, how many follow up to the ring's end, and how many from its start.
             const Long first = (a.time - said + 1) % a.room, straight = said < a.room - first ? said : a.room - first;
-            held.resize(a.groups * (w + stride + wider) + 2 * w);
-            float *query = held.data(), *s = query + a.groups * w, *out = s + a.groups * stride;
-            float *x = out + a.groups * wider, *key = x + w;
+            float *out = aligned(held, a.groups * (w + stride + wider) + 2 * w), *s = out + a.groups * wider;
+            float *query = s + a.groups * stride, *x = query + a.groups * w, *key = x + w;
             const T* qkv = (const T*)a.qkv + row * all;
             const float *cos = a.cos + row * w, *sin = a.sin + row * w;
             for (Long g = 0; g < a.groups; g++)
@@ -315,14 +329,15 @@ void gate_up(const T* gate, const T* up, T* out, Long count) {
     }
 }
 
-// Its gradients towards both.
+// The same once more, and its gradients towards both.
 template <class T>
-void gate_up_back(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {
+void gate_up_back(const T* grad, const T* gate, const T* up, T* out, T* into_gate, T* into_up, Long count) {
 #pragma omp parallel for simd schedule(static) if (count > 8192)
     for (Long i = 0; i < count; i++) {
-        const float g = wide(gate[i]), s = sigmoid(g), upstream = wide(grad[i]);
-        put(into_gate[i], upstream * wide(up[i]) * s * (1.f + g * (1.f - s)));
-        put(into_up[i], upstream * (g * s));
+        const float g = wide(gate[i]), s = sigmoid(g), open = g * s, u = wide(up[i]), upstream = wide(grad[i]);
+        put(out[i], open * u);
+        put(into_gate[i], upstream * u * (s + open * (1.f - s)));
+        put(into_up[i], upstream * open);
     }
 }
 
@@ -343,6 +358,123 @@ void turn(const T* x, const float* cos, const float* sin, T* out, Long tokens, L
                 put(to[i + half], (high * c[i] + sign * low * s[i]) * scale);
             }
         }
+    }
+}
+
+// Attention of a packed row, in the order of `_Packed` in language.py: what its tokens read or, where there is a `grad`,
+// the gradients of that.
+struct Packed {
+    const void *q, *k, *v;  // [S, H G, w], scaled, and [S, H, w] twice
+    const Long *rows;       // [R, 4]: tokens from [2] to [3] see those from [0] to [1], and those of themselves up to them
+    const Long *first;      // [F + 1]: the rows of each family; the first of them is what the others see, or sees nothing
+    const void *grad;       // [S, H G, w], or null
+    void *out;              // what is read, or the gradient of q
+    void *into_k, *into_v;  // [S, H, w]
+    Long families, heads, groups, width;
+};
+
+constexpr Long QUERIES = 16;  // so many are read at a time; what only later ones see is left out
+
+// Rows [n, w] in float.
+template <class T>
+inline void widened(const T* x, Long ldx, float* to, Long n, Long w) {
+    for (Long j = 0; j < n; j++)
+        for (Long i = 0; i < w; i++) to[j * w + i] = wide(x[j * ldx + i]);
+}
+
+// The same on its side: [w, n], LANES x LANES at a time: four rounds of a perfect shuffle.
+template <class T>
+inline void on_its_side(const T* x, Long ldx, float* to, Long ld, Long n, Long w) {
+    for (Long j = 0; j < n; j += LANES)
+        for (Long i = 0; i < w; i += LANES) {
+            Lanes a[LANES] = {}, b[LANES];
+            for (Long r = 0; r < std::min(LANES, n - j); r++) a[r] = load(x + (j + r) * ldx + i);
+            for (int round = 0; round < 4; round++) {
+                for (Long r = 0; r < LANES / 2; r++) {
+                    const Lanes u = a[r], v = a[r + LANES / 2];
+                    b[2 * r] = __builtin_shufflevector(u, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                    b[2 * r + 1] = __builtin_shufflevector(u, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                }
+                std::memcpy(a, b, sizeof a);
+            }
+            for (Long r = 0; r < LANES; r++) std::memcpy(to + (i + r) * ld + j, &a[r], sizeof a[r]);
+        }
+}
+
+// One key head of a family, the rows from `row` on.
+template <class T>
+void packed_head(const Packed& a, const Long* row, const Long* last, Long head, std::vector<float>& held) {
+    const Long w = a.width, all = a.heads * a.groups * w, kept = a.heads * w, *const prompt = row;
+    Long longest = 0;
+    for (const Long* r = row; r < last; r += 4) longest = std::max(longest, r[1] - r[0] + r[3] - r[2]);
+    const Long ld = rounded(longest) + STEP;
+    // What is seen stands before what is the row's own, here and in the scores; it is there from the first row on.
+    float *keys = aligned(held, 4 * w * ld + 2 * QUERIES * ld + 3 * QUERIES * w), *values = keys + w * ld;  // [w, ld]
+    float *into_k = values + w * ld, *into_v = into_k + ld * w;        // [ld, w]
+    float *p = into_v + ld * w, *slope = p + QUERIES * ld;             // [QUERIES, ld]
+    float *query = slope + QUERIES * ld, *grad = query + QUERIES * w;  // [QUERIES, w]
+    float* made = grad + QUERIES * w;
+    const auto give = [&](const Long* r, Long from) {
+        for (Long j = 0; j < r[3] - r[2]; j++)
+            for (Long i = 0; i < w; i++) {
+                const Long to = (r[2] + j) * kept + head * w + i;
+                put(((T*)a.into_k)[to], into_k[(from + j) * w + i]), put(((T*)a.into_v)[to], into_v[(from + j) * w + i]);
+            }
+    };
+    for (; row < last; row += 4) {
+        const Long before = row[1] - row[0], own = row[3] - row[2];
+        const Long there = row[0] * kept + head * w, here = row[2] * kept + head * w;
+        const T *k_there = (const T*)a.k + there, *k_here = (const T*)a.k + here;
+        const T *v_there = (const T*)a.v + there, *v_here = (const T*)a.v + here;
+        on_its_side(k_here, kept, keys + before, ld, own, w);
+        if (a.grad) {
+            on_its_side(v_here, kept, values + before, ld, own, w);
+            std::fill(into_k + before * w, into_k + (before + own) * w, 0.f);
+            std::fill(into_v + before * w, into_v + (before + own) * w, 0.f);
+        }
+        for (Long start = 0; start < own; start += QUERIES)
+            for (Long g = 0; g < a.groups; g++) {
+                const Long t = std::min(QUERIES, own - start), seen = before + start + 1, n = seen + t - 1;
+                const Long end = rounded(n), place = (row[2] + start) * all + (head * a.groups + g) * w;
+                widened((const T*)a.q + place, all, query, t, w);
+                product(query, w, keys, ld, p, ld, t, w, n);
+                for (Long i = 0; i < t; i++) {
+                    for (Long j = seen + i; j < n; j++) p[i * ld + j] = -INFINITY;
+                    softmax(p + i * ld, n);
+                }
+                if (a.grad) {
+                    widened((const T*)a.grad + place, all, grad, t, w);
+                    product(grad, w, values, ld, slope, ld, t, w, n);
+                    for (Long i = 0; i < t; i++) {
+                        float *s = slope + i * ld, *q = p + i * ld, along = 0;
+#pragma omp simd reduction(+ : along)
+                        for (Long j = 0; j < end; j++) along += j < seen + i ? s[j] * q[j] : 0.f;
+#pragma omp simd
+                        for (Long j = 0; j < end; j++) s[j] = j < seen + i ? q[j] * (s[j] - along) : 0.f;
+                    }
+                    product(slope, 1, query, w, into_k, w, n, t, w, true, ld);
+                    product(p, 1, grad, w, into_v, w, n, t, w, true, ld);
+                }
+                const float* weight = a.grad ? slope : p;
+                product(weight, ld, a.grad ? k_there : v_there, kept, made, w, t, before, w);
+                product(weight + before, ld, a.grad ? k_here : v_here, kept, made, w, t, start + t, w, true);
+                for (Long i = 0; i < t; i++)
+                    for (Long j = 0; j < w; j++) put(((T*)a.out)[place + i * all + j], made[i * w + j]);
+            }
+        if (a.grad && row != prompt) give(row, before);
+    }
+    if (a.grad) give(prompt, 0);
+}
+
+template <class T>
+void packed(const Packed& a) {
+#pragma omp parallel
+    {
+        std::vector<float> held;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (Long f = 0; f < a.families; f++)
+            for (Long head = 0; head < a.heads; head++)
+                packed_head<T>(a, a.rows + 4 * a.first[f], a.rows + 4 * a.first[f + 1], head, held);
     }
 }
 
@@ -417,13 +549,14 @@ extern "C" {
         norm_back(grad, x, weight, out, n, size, eps);                                                                \
     }                                                                                                                 \
     void gate_up_##name(const T* gate, const T* up, T* out, Long count) { gate_up(gate, up, out, count); }            \
-    void gate_up_back_##name(const T* grad, const T* gate, const T* up, T* into_gate, T* into_up, Long count) {       \
-        gate_up_back(grad, gate, up, into_gate, into_up, count);                                                      \
+    void gate_up_back_##name(const T* grad, const T* gate, const T* up, T* out, T* into_gate, T* into_up, Long count) { \
+        gate_up_back(grad, gate, up, out, into_gate, into_up, count);                                                 \
     }                                                                                                                 \
     void turn_##name(const T* x, const float* cos, const float* sin, T* out, Long tokens, Long heads, Long w,         \
                      float sign, float scale) {                                                                       \
         turn(x, cos, sin, out, tokens, heads, w, sign, scale);                                                        \
     }                                                                                                                 \
+    void packed_##name(const Packed* a) { packed<T>(*a); }                                                            \
     void read_out_##name(T* logits, const Long* token, const float* scale, float* logp, float* entropy,               \
                          T* entropy_slopes, Long n, Long size, Long slopes) {                                         \
         read_out(logits, token, scale, logp, entropy, entropy_slopes, n, size, slopes);                               \

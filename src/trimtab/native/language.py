@@ -22,12 +22,24 @@ _POINTERS = (
 _NUMBERS = ("n", "heads", "groups", "width", "prompt_places", "said_places", "room", "time")
 
 
+# Places that are read at a time, as in language.cpp.
+STEP = 32
+
+
 class _Attend(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in _POINTERS),
         *((name, c_int64) for name in _NUMBERS),
         ("scale", c_float),
         ("eps", c_float),
+    )
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "rows", "first", "grad", "out")),
+        *((name, c_void_p) for name in ("into_k", "into_v")),
+        *((name, c_int64) for name in ("families", "heads", "groups", "width")),
     )
 
 
@@ -44,8 +56,9 @@ class Kernels:
         self._draw = _typed(compiled, f"draw_{suffix}", [c_void_p] * 3, [c_float], [c_void_p] * 2, [c_int64] * 3)
         self._norm_back = _typed(compiled, f"norm_back_{suffix}", [c_void_p] * 4, [c_int64] * 2, [c_float])
         self._gate_up = _typed(compiled, f"gate_up_{suffix}", [c_void_p] * 3, [c_int64])
-        self._gate_up_back = _typed(compiled, f"gate_up_back_{suffix}", [c_void_p] * 5, [c_int64])
+        self._gate_up_back = _typed(compiled, f"gate_up_back_{suffix}", [c_void_p] * 6, [c_int64])
         self._turn = _typed(compiled, f"turn_{suffix}", [c_void_p] * 4, [c_int64] * 3, [c_float] * 2)
+        self._packed = _typed(compiled, f"packed_{suffix}", [c_void_p])
         self._read_out = _typed(compiled, f"read_out_{suffix}", [c_void_p] * 6, [c_int64] * 3)
 
     @staticmethod
@@ -133,10 +146,10 @@ class Kernels:
         self._gate_up(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel())
         return out
 
-    def gate_up_back(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Its gradients towards both."""
+    def gate_up_back(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`gate_up` once more, and its gradients towards both."""
         tensors = [x.to(self.dtype).contiguous() for x in (grad, gate, up)]
-        made = torch.empty_like(tensors[1]), torch.empty_like(tensors[1])
+        made = torch.empty_like(tensors[1]), torch.empty_like(tensors[1]), torch.empty_like(tensors[1])
         self._gate_up_back(*(x.data_ptr() for x in (*tensors, *made)), made[0].numel())
         return made
 
@@ -151,6 +164,27 @@ class Kernels:
         at = (t.data_ptr() for t in (*tensors, out))
         self._turn(*at, out.numel() // (heads * w), heads, w, -1.0 if back else 1.0, scale)
         return out
+
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, first: Tensor, grad: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Attention of a packed row: what scaled queries `[S, H G, w]` read of keys and values `[S, H, w]`.
+
+        With its `grad`, the gradients towards all three. rows, first: see `packing.Packed`. w is a multiple of STEP.
+        """
+        families, (_, heads, width), groups = len(first) - 1, k.shape, q.shape[1] // k.shape[1]
+        alone = groups > 1 and families * heads < 2 * torch.get_num_threads()
+        if alone:  # too few to share: every query head has keys of its own
+            k, v, heads = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), heads * groups
+        assert width % STEP == 0
+        held = [x.to(self.dtype).contiguous() for x in (q, k, v)]
+        out = torch.empty_like(held[0])
+        into = [] if grad is None else [torch.empty_like(x) for x in held[1:]]
+        grad = None if grad is None else grad.to(self.dtype).contiguous()
+        given = map(_at, (*held, rows, first, grad, out, *into))
+        asked = _Packed(*given, families=families, heads=heads, groups=q.shape[1] // heads, width=width)
+        self._packed(ctypes.byref(asked))
+        return (out, *(x.unflatten(1, (-1, groups)).sum(2) if alone else x for x in into))
 
     def read_out(
         self, logits: Tensor, token: Tensor, scale: Tensor | None, logp: Tensor, entropy: Tensor | None,

@@ -29,8 +29,8 @@ def write_weight(layer: Any, out: Tensor) -> Tensor:
     """`weight_of` written into `out`; a plain adapter is rounded to that dtype first, as in the training pass."""
     if not is_adapted(layer):
         return out.copy_(weight_of(layer))
-    weight, _, a, b, scaling = parts(layer)
-    return torch.addmm(*(t.to(out.dtype) for t in (weight, b, a)), alpha=scaling, out=out)
+    base, (a, b) = parts(layer)
+    return torch.addmm(*(t.to(out.dtype) for t in (base.weight, b * base.scaling, a)), out=out)
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -31,9 +31,9 @@ from trimtab.policies.working import Working, stamp
 
 # Logits of so many numbers at once (tokens x vocabulary): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
-# Response tokens of a training pass, from which on its cost per token is flat on a CPU. Four times as many where all
+# Response tokens of a training pass, from which on its cost per token is flat on a CPU. Twice as many where all
 # weights learn: every pass reads them all, and adds up as many gradients.
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 2048
 # Attention scores of one layer (rows x heads x places x places) that are kept for the backward: 16 MiB in float32.
 SCORES_AT_ONCE = 2**22
 # Beside a saved model: what its files do not say about how it was used.
@@ -160,7 +160,7 @@ class LanguagePolicy(nn.Module):
             kind = {name: torch.long if name == "topk_ids" else self.wide for name in want}
             return {name: torch.zeros(n, t, *tail.get(name, ()), dtype=kind[name], device=self.device) for name in want}
         again = recomputed(self.causal) if self.checkpointing else contextlib.nullcontext()
-        with self._narrow(), self._attention(view), lean(self.causal), again:
+        with self._narrow(), lean(self.causal), again:
             values = self._values(view, set(want))
         return {name: view.spread(values[name]) for name in want}
 
@@ -171,7 +171,7 @@ class LanguagePolicy(nn.Module):
         """
         if self.device.type != "cpu":
             return None
-        tokens = TOKENS_AT_ONCE if self.lora else 4 * TOKENS_AT_ONCE
+        tokens = TOKENS_AT_ONCE if self.lora else 2 * TOKENS_AT_ONCE
         said, before = (batch[name].sum(1).double().mean().item() for name in ("mask", "prompt_mask"))
         return math.ceil(max(tokens, 8 * before) / max(said, 1))
 
@@ -182,7 +182,9 @@ class LanguagePolicy(nn.Module):
             states = self._states(view)
         else:
             inputs, last = self._inputs(view.ids, view.attend_all), view.picked.shape[1]
-            got = self.causal(**inputs, **_last_logits(self.causal, last), output_hidden_states="hidden" in want)
+            inputs |= {**_last_logits(self.causal, last), "output_hidden_states": "hidden" in want}
+            with self._attention(view):
+                got = self.causal(**inputs)
             states, head = got.logits[:, -last:][view.picked], _same
             if "hidden" in want:
                 out["hidden"] = got.hidden_states[-1][:, -last:][view.picked].to(self.wide)
@@ -202,6 +204,11 @@ class LanguagePolicy(nn.Module):
             packed = packing.pack(view, getattr(self.causal.config, "num_attention_heads", 1))
             self.reading.count(len(packed.ids), len(packed.ids))
             return packing.states(self.causal, packed)[packed.state[view.picked]]
+        with self._attention(view):
+            return self._padded_states(view)
+
+    def _padded_states(self, view: View) -> Tensor:
+        """The same of a model that cannot read rows as one."""
         trunk, last = self.causal.base_model, view.picked.shape[1]
         prompts, owner = view.prompt.masked_fill(~view.attend, -1).unique(dim=0, return_inverse=True)
         cache = DynamicCache(config=self.causal.config)

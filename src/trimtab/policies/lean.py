@@ -7,9 +7,10 @@ kernels do in one pass what lies between products, where they are compiled.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,51 +24,86 @@ from trimtab.policies.packing import attend
 FAMILY = frozenset({LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM})
 
 
-class Adapted(torch.autograd.Function):
-    """`y = x W' + b + s (x A') B'` with a frozen base, products in the dtype `narrow`.
+class Base(NamedTuple):
+    """What a layer with an adapter `A`, `B` does not learn: `y = x W' + b + s (x A') B'`."""
 
-    x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`, s the scaling. Nothing of the size of y is kept or made
-    twice; `x A'` is computed again in the backward, which can itself be differentiated.
-    Hu et al. 2021 (LoRA), arXiv 2106.09685, eq. 3.
+    weight: Tensor
+    bias: Tensor | None
+    scaling: float
+
+
+class Adapted(torch.autograd.Function):
+    """`y = x W' + b + s (x A') B'` of layers that read the same x, products in the dtype `narrow`.
+
+    x `[..., in]`; of each layer a base with W `[out, in]`, and A `[r, in]`, B `[out, r]` (adapters: A, B, A, B, ...).
+    The products with all A are one. Nothing of the size of y is kept or made twice; `x A'` is computed again in the
+    backward, which can itself be differentiated. Hu et al. 2021 (LoRA), arXiv 2106.09685, eq. 3.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
-        narrow: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling, ctx.narrow = scaling, narrow
-        return _product(x, weight, bias, a, b, scaling, narrow)
+        ctx: Any, x: Tensor, bases: Sequence[Base], narrow: torch.dtype, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *adapters)
+        ctx.bases, ctx.narrow = bases, narrow
+        return _products(x, bases, adapters, narrow)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        grad_x, grad_a, grad_b = _pulled(upstream[0], x, weight, a, b, ctx.scaling, ctx.narrow, ctx.needs_input_grad[0])
-        return grad_x, None, None, grad_a, grad_b, None, None
+        x, *adapters = ctx.saved_tensors
+        gs, (a, bs) = _flat(upstream, ctx.narrow), _narrowed(ctx.bases, adapters, ctx.narrow)
+        inner = _inner(gs, bs)
+        grad_x = _towards_x(gs, inner, ctx.bases, a).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *_towards_adapters(gs, inner, x, ctx.bases, adapters, a)
 
 
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, narrow: torch.dtype
-) -> Tensor:
-    """`x W' + b + s (x A') B'` in `narrow`."""
-    flat, base, narrow_a, narrow_b = (t.to(narrow) for t in (x.flatten(0, -2), weight, a, b))
-    y = F.linear(flat, base, None if bias is None else bias.to(narrow))
-    return y.addmm_(flat @ narrow_a.T, narrow_b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+def _products(x: Tensor, bases: Sequence[Base], adapters: Sequence[Tensor], narrow: torch.dtype) -> tuple[Tensor, ...]:
+    """`x W' + b + s (x A') B'` of each layer, in `narrow`."""
+    (flat,), (a, bs) = _flat([x], narrow), _narrowed(bases, adapters, narrow)
+    made = []
+    for base, b, low in zip(bases, bs, (flat @ a.T).split([b.shape[1] for b in bs], 1)):
+        y = F.linear(flat, base.weight.to(narrow), None if base.bias is None else base.bias.to(narrow))
+        made.append(y.addmm_(low, b.T).unflatten(0, x.shape[:-1]))
+    return tuple(made)
 
 
-def _pulled(
-    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, narrow: torch.dtype, wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `_product` towards x (if wanted), A and B."""
-    g, flat, narrow_a, narrow_b = (t.to(narrow) for t in (g.flatten(0, -2), x.flatten(0, -2), a, b))
-    inner = g @ narrow_b  # [tokens, r]
-    grad_x = None
-    if wanted:
-        grad_x = torch.addmm(g @ weight.to(narrow), inner, narrow_a, alpha=scaling).view(x.shape).to(x.dtype)
-    grad_a = (inner.T @ flat).to(a.dtype) * scaling
-    grad_b = (g.T @ (flat @ narrow_a.T)).to(b.dtype) * scaling
-    return grad_x, grad_a, grad_b
+def _flat(xs: Sequence[Tensor], narrow: torch.dtype) -> list[Tensor]:
+    return [x.flatten(0, -2).to(narrow) for x in xs]
+
+
+def _narrowed(bases: Sequence[Base], adapters: Sequence[Tensor], narrow: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """All A on top of each other, `[R, in]`, and `s B` of each layer."""
+    bs = [(b * base.scaling).to(narrow) for base, b in zip(bases, adapters[1::2])]
+    return torch.cat([a.to(narrow) for a in adapters[::2]]), bs
+
+
+def _inner(gs: Sequence[Tensor], bs: Sequence[Tensor]) -> Tensor:
+    """Gradients towards `x A'`, side by side, `[tokens, R]`."""
+    return torch.cat([g @ b for g, b in zip(gs, bs)], 1)
+
+
+def _towards_x(gs: Sequence[Tensor], inner: Tensor, bases: Sequence[Base], a: Tensor) -> Tensor:
+    """The gradient towards x, `[tokens, in]`: each product is added to the one before where that lies."""
+    made: Tensor | None = None
+    for g, base in zip(gs, bases):
+        weight = base.weight.to(g.dtype)
+        made = g @ weight if made is None else made.addmm_(g, weight)
+    assert made is not None
+    return made.addmm_(inner, a)
+
+
+def _towards_adapters(
+    gs: Sequence[Tensor], inner: Tensor, x: Tensor, bases: Sequence[Base], adapters: Sequence[Tensor], a: Tensor
+) -> list[Tensor]:
+    """Gradients towards A, B, A, B, ..."""
+    (flat,) = _flat([x], a.dtype)
+    ranks = [len(one) for one in adapters[::2]]
+    made = []
+    for grad_a, low, g, base, b in zip(
+        (inner.T @ flat).split(ranks), (flat @ a.T).split(ranks, 1), gs, bases, adapters[1::2]
+    ):
+        made += [grad_a.to(b.dtype), (low.T @ g).T.to(b.dtype) * base.scaling]  # in this order it is faster
+    return made
 
 
 class Norm(torch.autograd.Function):
@@ -111,7 +147,7 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
-        return _ungated(upstream[0], *ctx.saved_tensors)
+        return _ungated(upstream[0], *ctx.saved_tensors)[1:]
 
 
 def _gate_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -120,36 +156,36 @@ def _gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return kernels.gate_up(gate, up) if kernels else F.silu(gate).mul_(up)
 
 
-def _ungated(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `silu(gate) * up` towards both."""
+def _ungated(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu(gate) * up` once more, and its gradients towards both."""
     if torch.is_grad_enabled():
         s = gate.sigmoid()
-        return g * up * s * (1 + gate * (1 - s)), g * gate * s
+        return gate * s * up, g * up * s * (1 + gate * (1 - s)), g * gate * s
     kernels = Kernels.suited(torch.float32, gate.dtype, gate.device)
     if kernels:
         return kernels.gate_up_back(g, gate, up)
-    return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+    opened = F.silu(gate)
+    return opened * up, torch.ops.aten.silu_backward(g * up, gate), opened.mul_(g)
 
 
 class GatedAdapted(torch.autograd.Function):
-    """`Adapted` of `Gated`: the gated values, the widest of a layer, are made again in the backward."""
+    """`Adapted` of `Gated`, one layer: the gated values, the widest of a layer, are made again in the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
-        narrow: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(gate, up, weight, a, b)
-        ctx.scaling, ctx.narrow = scaling, narrow
-        return _product(_gate_up(gate, up), weight, bias, a, b, scaling, narrow)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, base: Base, narrow: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, a, b)
+        ctx.base, ctx.narrow = base, narrow
+        return _products(_gate_up(gate, up), [base], [a, b], narrow)[0]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, weight, a, b = ctx.saved_tensors
-        read = F.silu(gate) * up if torch.is_grad_enabled() else _gate_up(gate, up)
-        g, grad_a, grad_b = _pulled(upstream[0], read, weight, a, b, ctx.scaling, ctx.narrow, True)
-        assert g is not None
-        return *_ungated(g, gate, up), None, None, grad_a, grad_b, None, None
+        gate, up, *adapters = ctx.saved_tensors
+        bases, gs = [ctx.base], _flat(upstream, ctx.narrow)
+        a, bs = _narrowed(bases, adapters, ctx.narrow)
+        inner = _inner(gs, bs)
+        g = _towards_x(gs, inner, bases, a).view(gate.shape).to(gate.dtype)
+        gated, into_gate, into_up = _ungated(g, gate, up)
+        return into_gate, into_up, None, None, *_towards_adapters(gs, inner, gated, bases, adapters, a)
 
 
 class Turned(torch.autograd.Function):
@@ -213,14 +249,23 @@ def is_adapted(layer: Any) -> bool:
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
-    return Adapted.apply(x, *parts(layer), _narrow(x, layer.base_layer.weight.dtype))
+    return _together([layer], x)[0]
 
 
-def parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-    """W, b, A, B and the scaling of a layer that `is_adapted`."""
+def _together(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
+    """What layers that read the same input make of it; as one where all of them are adapted."""
+    if not all(map(is_adapted, layers)):
+        return [layer(x) for layer in layers]
+    bases, adapters = zip(*map(parts, layers))
+    made: tuple[Tensor, ...] = Adapted.apply(x, bases, _narrow(x, bases[0].weight.dtype), *chain(*adapters))
+    return made
+
+
+def parts(layer: Any) -> tuple[Base, tuple[Tensor, Tensor]]:
+    """The base, and A and B, of a layer that `is_adapted`."""
     (name,) = (n for n in layer.active_adapters if n in layer.lora_A)
-    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    return base.weight, base.bias, a, b, layer.scaling[name]
+    base = Base(layer.base_layer.weight, layer.base_layer.bias, layer.scaling[name])
+    return base, (layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
@@ -232,7 +277,7 @@ def _attended(attention: Any, hidden_states: Tensor, position_embeddings: Any = 
     a, packed = attention, more.get("packed")
     if packed is None or getattr(a, "sliding_window", None) is not None:
         return type(a).forward(a, hidden_states, position_embeddings=position_embeddings, **more)
-    q, k, v = (layer(hidden_states).unflatten(-1, (-1, a.head_dim)) for layer in (a.q_proj, a.k_proj, a.v_proj))
+    q, k, v = (x.unflatten(-1, (-1, a.head_dim)) for x in _together([a.q_proj, a.k_proj, a.v_proj], hidden_states))
     if hasattr(a, "q_norm"):
         q, k = a.q_norm(q).to(v.dtype), a.k_norm(k).to(v.dtype)
     q, k = Turned.apply(q, *position_embeddings, a.scaling), Turned.apply(k, *position_embeddings, 1.0)
@@ -240,10 +285,11 @@ def _attended(attention: Any, hidden_states: Tensor, position_embeddings: Any = 
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:
-    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    (gate, up), down = _together([mlp.gate_proj, mlp.up_proj], x), mlp.down_proj
     if not is_adapted(down):
         return down(Gated.apply(gate, up))
-    return GatedAdapted.apply(gate, up, *parts(down), _narrow(gate, down.base_layer.weight.dtype))
+    base, adapter = parts(down)
+    return GatedAdapted.apply(gate, up, base, _narrow(gate, base.weight.dtype), *adapter)
 
 
 def _narrow(x: Tensor, otherwise: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from trimtab.native.language import STEP, Kernels
 from trimtab.policies.view import View
 
 # Its name among transformers' attention implementations.
@@ -67,6 +68,9 @@ class Packed:
     """ids, places (position ids) `[S]`; state `[rows, T]`: the token before each response token, padded with 0.
 
     laid: the tokens of all blocks, one after the other. made `[S]`: where each token is among them.
+
+    For compiled kernels, rows `[R, 4]`: the tokens from [2] to [3] see those from [0] to [1] and, causally, themselves.
+    first `[prompts + 1]`: where in `rows` each prompt is, which sees nothing else; those that see it follow.
     """
 
     ids: Tensor
@@ -75,6 +79,8 @@ class Packed:
     blocks: tuple[Block, ...]
     laid: Tensor
     made: Tensor
+    rows: Tensor
+    first: Tensor
 
 
 def pack(view: View, heads: int) -> Packed:
@@ -103,7 +109,18 @@ def pack(view: View, heads: int) -> Packed:
     blocks = tuple(_block(part, len(ids), said.device) for part in _alike(bundles, limit))
     made, laid = _made(blocks, len(ids)), torch.cat([b.tokens.flatten() for b in blocks])
     blocks = tuple(replace(b, prefix=None if b.prefix is None else made[b.prefix]) for b in blocks)
-    return Packed(ids, torch.cat(places).to(said.device), state, blocks, laid, made)
+    lines, first = _families([(whole[o], held) for o, held in groups.items()])
+    return Packed(ids, torch.cat(places).to(said.device), state, blocks, laid, made, lines, first)
+
+
+def _families(groups: list[tuple[range, list[range]]]) -> tuple[Tensor, Tensor]:
+    """`Packed.rows` and `Packed.first` of prompts and their rows."""
+    lines, first = [], [0]
+    for prompt, rows in groups:
+        lines.append((prompt.start, prompt.start, prompt.start, prompt.stop))
+        lines += [(prompt.start, prompt.stop, r.start, r.stop) for r in rows]
+        first.append(len(lines))
+    return torch.tensor(lines), torch.tensor(first)
 
 
 def _made(blocks: tuple[Block, ...], count: int) -> Tensor:
@@ -252,6 +269,39 @@ def attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     """What the tokens of a packed row read, `[S, heads, d]` like the scaled queries; key and value `[S, k, d]`."""
+    return _Read.apply(q, k, v, packed) if _kernels(q) else _by_blocks(q, k, v, packed)
+
+
+def _kernels(q: Tensor) -> Kernels | None:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return Kernels.suited(wide, q.dtype, q.device) if q.shape[-1] % STEP == 0 else None
+
+
+class _Read(torch.autograd.Function):
+    """`_by_blocks` in one pass, keeping its inputs alone; a gradient of its gradient is that of the blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.packed = packed
+        kernels = _kernels(q)
+        assert kernels is not None
+        return kernels.packed(q, k, v, packed.rows, packed.first)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v), packed = ctx.saved_tensors, ctx.packed
+        kernels = None if torch.is_grad_enabled() else _kernels(q)
+        if kernels:
+            return *kernels.packed(q, k, v, packed.rows, packed.first, upstream[0]), None
+        of = [x for x in (q, k, v) if x.requires_grad]
+        with torch.enable_grad():
+            made = iter(torch.autograd.grad(_by_blocks(q, k, v, packed), of, upstream, create_graph=True))
+        return *(next(made) if x.requires_grad else None for x in (q, k, v)), None
+
+
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """`attend`, block by block."""
     q, k, v = (_Laid.apply(x, packed.laid, packed.made) for x in (q, k, v))
     made: list[Any] = []
     start = 0

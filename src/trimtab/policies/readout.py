@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from trimtab.native.language import Kernels
 
-# Logits that exist at once, in the dtype of the products: 16 MiB in bfloat16. With fewer the product is slow.
-LOGITS_AT_ONCE = 2**23
+# Logits that exist at once, in the dtype of the products: 32 MiB in bfloat16. With fewer the product is slow.
+LOGITS_AT_ONCE = 2**24
 # Their gradients, where the layer learns: one product with the states for so many (64 MiB in bfloat16).
 SLOPES_AT_ONCE = 2**25
 # Of those, so many are made probabilities at a time (2 MiB in float32), in the cache.
@@ -86,10 +87,10 @@ class Readout(torch.autograd.Function):
         h = torch.empty_like(logp) if entropy else None
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         slopes = [torch.empty_like(y) for _ in range(1 + entropy)] if frozen and ctx.needs_input_grad[0] else []
-        rows = min(len(x), max(1, LOGITS_AT_ONCE // len(w)))
+        parts = _parts(len(x), LOGITS_AT_ONCE // len(w))
         kernels = Kernels.suited(wide, narrow, y.device)
-        held = [y.new_empty(rows, len(w)) for _ in range(max(1, len(slopes)))]
-        for outer in _parts(len(x), rows):
+        held = [y.new_empty(_longest(parts), len(w)) for _ in range(max(1, len(slopes)))]
+        for outer in parts:
             n = len(range(len(x))[outer])
             products = [buffer[:n] for buffer in held]
             _product(y[outer], w, b, products[0])
@@ -151,9 +152,9 @@ def _gradients(
     y, w, b = x.to(ctx.narrow), weight.to(ctx.narrow), _to(bias, ctx.narrow)
     dx = torch.empty_like(y) if ctx.needs_input_grad[0] else None
     dw = db = None
-    rows = min(len(x), max(1, SLOPES_AT_ONCE // len(w)))
-    buffer = y.new_empty(rows, len(w))
-    for outer in _parts(len(x), rows):
+    parts = _parts(len(x), SLOPES_AT_ONCE // len(w))
+    buffer = y.new_empty(_longest(parts), len(w))
+    for outer in parts:
         n = len(range(len(x))[outer])
         d = _product(y[outer], w, b, buffer[:n])
         for inner in _parts(n, WIDE_AT_ONCE // len(w)):
@@ -187,6 +188,11 @@ def _slopes(z: Tensor, token: Tensor, g_logp: Tensor | None, g_h: Tensor | None)
     return d if g_logp is None else d.scatter_add_(1, token[:, None], g_logp[:, None])
 
 
-def _parts(count: int, step: int) -> list[slice]:
-    step = max(1, step)
-    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+def _parts(count: int, most: int) -> list[slice]:
+    """As few parts as there can be of at most so many, all of about one size: a product with few rows is slow."""
+    step = math.ceil(count / max(1, math.ceil(count / max(1, most))))
+    return [slice(i, min(i + step, count)) for i in range(0, count, max(1, step))]
+
+
+def _longest(parts: list[slice]) -> int:
+    return max((part.stop - part.start for part in parts), default=0)
