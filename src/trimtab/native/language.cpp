@@ -36,6 +36,11 @@ constexpr Long LANES = 16, STEP = 2 * LANES;  // of a small product; places behi
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+#ifdef __clang__
+#define SHUFFLED(u, v, ...) __builtin_shufflevector(u, v, __VA_ARGS__)
+#else  // which every version of g++ has
+#define SHUFFLED(u, v, ...) __builtin_shuffle(u, v, Bits{__VA_ARGS__})
+#endif
 
 inline Lanes load(const float* from) {
     Lanes x;
@@ -392,8 +397,8 @@ inline void on_its_side(const T* x, Long ldx, float* to, Long ld, Long n, Long w
             for (int round = 0; round < 4; round++) {
                 for (Long r = 0; r < LANES / 2; r++) {
                     const Lanes u = a[r], v = a[r + LANES / 2];
-                    b[2 * r] = __builtin_shufflevector(u, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-                    b[2 * r + 1] = __builtin_shufflevector(u, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                    b[2 * r] = SHUFFLED(u, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                    b[2 * r + 1] = SHUFFLED(u, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
                 }
                 std::memcpy(a, b, sizeof a);
             }
