@@ -136,16 +136,14 @@ class Closure:
 
     def _gradient(self, value: Tensor, mine: list[Tensor], create_graph: bool) -> list[Tensor]:
         back, self._back = self._back, None
+        if create_graph:
+            return list(torch.autograd.grad(value, mine, create_graph=True, materialize_grads=True))
         if back is None:
-            return list(torch.autograd.grad(value, mine, create_graph=create_graph, materialize_grads=True))
+            return _slopes(value, mine)
         results, pull = back
-        # What `autograd.grad` calls; its checks take longer than this small a graph.
-        found = _ENGINE.run_backward(
-            (value,), (torch.ones_like(value),), False, False, tuple(results.values()), True, accumulate_grad=False
-        )
+        slopes = dict(zip(results, _slopes(value, list(results.values()))))
         with torch.no_grad():
-            grads = {n: torch.zeros_like(r) if g is None else g for (n, r), g in zip(results.items(), found)}
-            made: list[Tensor] = pull(grads)
+            made: list[Tensor] = pull(slopes)
         return made
 
     def micro(self, params: Params | None = None, where: Tensor | None = None) -> Iterator[dict[str, Weighted]]:
@@ -352,6 +350,14 @@ class Closure:
             f"changed. A nan or infinite reward, advantage or log-probability in its columns gives this, and so does "
             f"a learning rate that is too large: look at the columns of step.batch, or lower the rate."
         )
+
+
+def _slopes(value: Tensor, of: list[Tensor]) -> list[Tensor]:
+    """`autograd.grad` of a number, zeros where it does not depend: what that calls, for its checks take longer than a
+    small graph."""
+    start = torch.ones_like(value)
+    found = _ENGINE.run_backward((value,), (start,), False, False, tuple(of), True, accumulate_grad=False)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(of, found)]
 
 
 def _listed(made: Any) -> list[Term]:
