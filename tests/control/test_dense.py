@@ -218,6 +218,25 @@ def test_kernels_hide_no_nan() -> None:
 
 
 @compiled
+def test_a_gaussian_and_its_gradients_are_those_of_double_precision() -> None:
+    found, log_std = DenseKernels.at(torch.zeros(1)), torch.randn(5, requires_grad=True)
+    assert found is not None
+    mean, action, grad = torch.randn(33, 5, requires_grad=True), torch.randn(33, 5), torch.randn(33)
+    normal = torch.distributions.Normal(mean.double(), log_std.double().exp())
+    wanted = normal.log_prob(action.double()).sum(-1)
+    slopes = torch.autograd.grad(wanted, [mean, log_std], grad.double())
+    with torch.no_grad():
+        z, logp = found.gaussian(mean, action, log_std)
+        ours = found.gaussian_back(grad, z, log_std)
+    level = 5 * math.log(2 * math.pi) / 2
+    torch.testing.assert_close(logp.double() - level, wanted.detach(), rtol=1e-5, atol=1e-5)
+    for got, slope in zip(ours, slopes, strict=True):
+        assert float((got - slope).norm() / slope.norm()) < 1e-6
+    action[3, 2] = float("nan")
+    assert found.gaussian(mean.detach(), action, log_std.detach())[1].isnan().nonzero().tolist() == [[3]]
+
+
+@compiled
 def test_the_norm_is_that_of_all_numbers() -> None:
     some = [torch.randn(7, 5), torch.randn(()), torch.randn(300), torch.zeros(0)]
     made = DenseKernels.norm(some)

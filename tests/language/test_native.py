@@ -263,6 +263,7 @@ def test_what_is_sampled_is_the_same(dtype: str, without: Any) -> None:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing compiled yet, and an empty cache."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    monkeypatch.delenv("TRIMTAB_NATIVE", raising=False)
     native.library.cache_clear()
     yield tmp_path
     native.library.cache_clear()

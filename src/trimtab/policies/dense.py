@@ -1,7 +1,7 @@
 """Fully connected layers: one definition, and the fastest of three ways to compute it.
 
 On a CPU in float32 that is a kernel of ours for all layers at once (`native.dense`). Without it, wide layers with ReLU
-go to oneDNN: MKL, which torch uses for float32 products, leaves the 512-bit units of AMD's processors idle. The rest is
+go to oneDNN: MKL, which torch uses for float32 products, leaves the 512-bit units of some processors idle. The rest is
 torch's own products.
 """
 
