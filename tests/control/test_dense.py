@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,8 @@ from trimtab.native.dense import DenseKernels
 from trimtab.policies import dense
 from trimtab.policies.critic_kinds import _matmul
 from trimtab.policies.dense import StackedLayer, held_by, layers, pullback
+from trimtab.policies.layers import MLP, Inputs
+from trimtab.policies.squashed import Bounds, SquashedGaussian
 
 torch.set_num_threads(1)
 compiled = pytest.mark.skipif(native.library("dense") is None, reason="no C++ compiler here")
@@ -51,7 +54,8 @@ def exact(x: Tensor, stack: list[Any], activation: Any = torch.relu) -> Tensor:
 
 
 STACKS = {"single": lambda: single(20, 96, 96, 6), "one": lambda: stacked(1, 20, 96, 96, 1),
-          "three": lambda: stacked(3, 20, 96, 96, 1), "no hidden": lambda: stacked(2, 20, 1)}  # fmt: skip
+          "three": lambda: stacked(3, 20, 96, 96, 1), "no hidden": lambda: stacked(2, 20, 1),
+          "odd": lambda: single(20, 150, 110, 70, 6)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -199,6 +203,54 @@ def test_kernels_are_as_exact_as_torch(name: str, activation: Any, half: bool, r
         assert ours < (1.5 * theirs + 1e-3 if half else 1e-6)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("name", ["odd", "three"])
+@compiled
+def test_zeros_of_relu_are_skipped_and_nothing_else(name: str, share: float, half: bool) -> None:
+    """Whatever the share of units that are on; `odd` has layers that are no multiple of what is taken at a time."""
+    stack, x = STACKS[name](), torch.randn(130, 20)
+    held = held_by(stack)
+    with torch.no_grad():
+        y = x
+        for weight, bias in zip(held[:-2:2], held[1:-2:2]):  # of every layer that share of the numbers is above zero
+            before = y @ weight.mT
+            bias.copy_(-before.quantile(1 - share, -2) + (1e-3 if share else -1e-3))
+            y = F.relu(before + (bias if bias.dim() == 1 else bias[:, None]))
+    found = DenseKernels.suited(x, held, torch.relu, half)
+    if found is None:
+        pytest.skip("this processor does not multiply pairs")
+    y = dense._plain(x.requires_grad_().double(), False, [p.double() for p in held], torch.relu)
+    weight = torch.randn(y.shape)
+    wanted = torch.autograd.grad(y, [x, *held], weight.double())
+    with torch.no_grad():
+        made, kept = found.forward(x, held, torch.relu, half)
+        dx, into = found.backward(weight, x, held, kept, torch.relu, half, True, True)
+    assert dx is not None
+    assert into is not None
+    assert float((kept[0] > 0).float().mean()) == pytest.approx(share, abs=0.15)
+    for ours, exactly in zip((made, dx, *into), (y, *wanted), strict=True):
+        scale = float(exactly.norm()) or 1.0
+        assert float((ours - exactly).norm()) / scale < (0.1 if half else 2e-6)
+
+
+@compiled
+def test_skipped_zeros_hide_no_nan() -> None:
+    """Zero times nan is nan, though zero times any finite number need not be counted."""
+    for half in (False, True):
+        held, x = held_by(single(20, 96, 96, 6)), torch.randn(16, 20)
+        if DenseKernels.suited(x, held, torch.relu, half) is None:
+            continue
+        with torch.no_grad():
+            held[1][5] = -100.0  # this unit is off, and what its weight is, does not matter
+            plain = layers(x, held, torch.relu, "bfloat16" if half else "float32")
+            for worst in (float("nan"), float("inf")):
+                held[2][7, 5] = worst
+                assert bool(layers(x, held, torch.relu, "bfloat16" if half else "float32").isnan().all())
+            held[2][7, 5] = 1e30
+            torch.testing.assert_close(layers(x, held, torch.relu, "bfloat16" if half else "float32"), plain)
+
+
 @compiled
 def test_kernels_hide_no_nan() -> None:
     held, x = held_by(single(20, 96, 96, 6)), torch.randn(16, 20)
@@ -234,6 +286,42 @@ def test_a_gaussian_and_its_gradients_are_those_of_double_precision() -> None:
         assert float((got - slope).norm() / slope.norm()) < 1e-6
     action[3, 2] = float("nan")
     assert found.gaussian(mean.detach(), action, log_std.detach())[1].isnan().nonzero().tolist() == [[3]]
+
+
+@compiled
+@pytest.mark.parametrize("spread", ["tanh", "clamp"])
+@pytest.mark.parametrize("rows", [1, 37])
+def test_a_squashed_gaussian_and_its_gradients_are_those_of_double_precision(spread: str, rows: int) -> None:
+    torch.manual_seed(0)
+    bounds = Bounds(torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([1.0, 2.0, 5.0]))
+    net = MLP(2, (4,), 6, activation="relu", init="torch", dtype=torch.float32)
+    policy = SquashedGaussian(Inputs(spaces.Box(-1, 1, (2,)), torch.float32), net, bounds, (3,), spread)
+    made = (3 * torch.randn(rows, 1, 6)).requires_grad_()
+    with torch.no_grad():
+        made[0, 0, 0], made[0, 0, 3], made[-1, 0, 1], made[-1, 0, 4] = 60.0, 40.0, -60.0, -40.0
+    noise, into = torch.randn(rows, 1, 3), (torch.randn(rows, 1, 3), torch.randn(rows, 1))
+    ours = policy.drawn(made, noise)
+    theirs = policy._drawn(made.double(), noise.double())
+    assert type(ours[0].grad_fn).__name__ == "ViewBackward0"
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-6, atol=1e-5)
+    for chosen in ([0], [1], [0, 1]):  # one of the two alone, or both
+        slopes = [
+            torch.autograd.grad([out[i] for i in chosen], made, [into[i].to(out[0].dtype) for i in chosen], True)[0]
+            for out in (ours, theirs)
+        ]
+        assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-5
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(policy.drawn(made, noise), ours))
+    twice = [
+        torch.autograd.grad(torch.autograd.grad(out[1].sum(), made, create_graph=True)[0].square().sum(), made)[0]
+        for out in (policy.drawn(made, noise), policy._drawn(made, noise))
+    ]
+    torch.testing.assert_close(*twice)
+    noise[0, 0, 1] = float("nan")
+    y, logp = policy.drawn(made.detach(), noise)
+    assert y.isnan().nonzero().tolist() == [[0, 0, 1]]
+    assert logp.isnan().nonzero().tolist() == [[0, 0]]
 
 
 @compiled

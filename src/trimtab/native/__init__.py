@@ -1,8 +1,8 @@
 """C++ kernels for the CPU, compiled by the machine's own compiler where they are first used (seconds), and kept.
 
 `language.cpp` is what lies between the matrix products of a language model, `dense.cpp` a small fully connected
-network, forward and backward. Without a compiler, or with TRIMTAB_NATIVE=0, torch's operations do the same work in more
-calls and more passes over memory.
+network, forward and backward; `smooth.h` is what both need. Without a compiler, or with TRIMTAB_NATIVE=0, torch's
+operations do the same work in more calls and more passes over memory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def cache() -> Path:
 def _built(source: Path, compiler: str) -> Path:
     """The library for this source, compiler and processor, compiled unless that was done before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    what = "\0".join([source.read_text(), version, _processor(), repr((FLAGS, COMMON))])
+    text = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    what = "\0".join([*text, version, _processor(), repr((FLAGS, COMMON))])
     target = cache() / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if _ours(target):
         return target

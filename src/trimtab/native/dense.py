@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class DenseKernels:
         self._gaussian, self._gaussian_back = compiled.gaussian, compiled.gaussian_back
         for one in (self._gaussian, self._gaussian_back):
             one.argtypes, one.restype = [*[c_void_p] * 5, c_int64, c_int64], None
+        self._squash, self._squash_back = compiled.squash, compiled.squash_back
+        self._squash.argtypes = [*[c_void_p] * 6, *[c_int64] * 3, *[c_float] * 3]
+        self._squash_back.argtypes = [*[c_void_p] * 6, c_int64, c_int64]
+        self._squash.restype = self._squash_back.restype = None
         compiled.pairs.restype = c_int64
         self._pairs = bool(compiled.pairs())
 
@@ -83,6 +87,27 @@ class DenseKernels:
         into_mean, into_log_std = torch.empty_like(z), torch.empty_like(log_std)
         self._gaussian_back(*[t.data_ptr() for t in (*tensors, into_mean, into_log_std)], *z.shape)
         return into_mean, into_log_std
+
+    def squashed(
+        self, made: Tensor, noise: Tensor, clamped: bool, reach: tuple[float, float], level: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """`tanh(u)` `[R, A]` and the log-density `[R]` of a squashed Gaussian (`policies.squashed`), from what its
+        network gave, `[R, 2 A]`; and what the way back needs."""
+        made, noise = made.contiguous(), noise.contiguous()
+        y, step, slope = (torch.empty_like(noise) for _ in range(3))
+        rows, n = noise.shape
+        logp = noise.new_empty(rows)
+        self._squash(*[t.data_ptr() for t in (made, noise, y, step, slope, logp)], rows, n, clamped, *reach, level)
+        return y, logp, (y, step, slope)
+
+    def squashed_back(self, into_y: Tensor | None, into_logp: Tensor | None, kept: Sequence[Tensor]) -> Tensor:
+        """The gradient towards what the network gave, `[R, 2 A]`; None is a gradient of zero."""
+        y = kept[0]
+        given = [None if g is None else g.contiguous() for g in (into_y, into_logp)]
+        made = y.new_empty(len(y), 2 * y.shape[1])
+        places = [None if t is None else t.data_ptr() for t in (*given, *kept, made)]
+        self._squash_back(*places, *y.shape)
+        return made
 
     def forward(
         self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool

@@ -10,9 +10,10 @@
 #include <cstring>
 #include <vector>
 
+#include "smooth.h"
+
 namespace {
 
-using Long = int64_t;
 struct bf16 {
     uint16_t bits;
 };
@@ -52,27 +53,6 @@ inline Lanes load(const bf16* from) {
     std::memcpy(&h, from, sizeof h);
     return (Lanes)(__builtin_convertvector(h, Bits) << 16);
 }
-
-// e^x, relative error below 2e-7; 0 below -87.7. Cephes' polynomial after x = n log 2 + r.
-inline float exponential(float x) {
-    float low = x < -88.f ? -88.f : x;  // there n is -127, and the scale 0
-    low = low > 88.f ? 88.f : low;
-    float n = std::nearbyintf(low * 1.44269504088896341f);
-    float r = low - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
-inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 
 // -- decoding ------------------------------------------------------------------------------------------------------
 

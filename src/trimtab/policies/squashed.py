@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.batch import Batch
 from trimtab.core.contracts import Decision
 from trimtab.core.errors import MethodError, nearest
+from trimtab.native.dense import DenseKernels
 from trimtab.policies.layers import MLP, Inputs
 from trimtab.policies.stochastic import EDGE, LOG_SQRT_2PI, masked
 
@@ -62,11 +63,37 @@ class SquashedGaussian(nn.Module):
 
     def moments(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """`mu` and `log sigma`, each `[..., A]`."""
-        mean, log_std = self.net(self.inputs(obs)).chunk(2, -1)
+        return self._moments(self.net(self.inputs(obs)))
+
+    def _moments(self, made: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = made.chunk(2, -1)
         low, high = SPREADS[self.spread]
         if self.spread == "clamp":
             return mean, log_std.clamp(low, high)
         return mean, torch.add(low + 0.5 * (high - low), log_std.tanh(), alpha=0.5 * (high - low))
+
+    def drawn(self, made: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what the network gave, `[..., 2 A]`: `tanh(u)` `[..., A]` of the u that `noise` makes, and the log-density
+        of that action, `[...]`."""
+        kernels = DenseKernels.at(made)
+        if kernels is None or noise.dtype != made.dtype or noise.requires_grad:
+            return self._drawn(made, noise)
+        shape = noise.shape
+        made, noise = made.reshape(-1, made.shape[-1]), noise.reshape(-1, shape[-1])
+        if made.requires_grad and torch.is_grad_enabled():
+            y, logp = _Squashed.apply(self, kernels, made, noise)
+        else:
+            y, logp, _ = self._squashed(kernels, made, noise)
+        return y.view(shape), logp.view(shape[:-1])
+
+    def _squashed(self, kernels: DenseKernels, made: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Any]:
+        return kernels.squashed(made, noise, self.spread == "clamp", SPREADS[self.spread], self.bounds.level)
+
+    def _drawn(self, made: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`drawn` from what the network gave, by torch's operations."""
+        mean, log_std = self._moments(made)
+        u = torch.addcmul(mean, log_std.exp(), noise)
+        return u.tanh(), self.density(u, noise, log_std)
 
     def density(self, u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
         """The log-density of `c tanh(u) + b`, `[...]`; noise: `(u - mu) / sigma`.
@@ -78,15 +105,17 @@ class SquashedGaussian(nn.Module):
         return -each.sum(-1) - self.bounds.level
 
     def evaluate(self, batch: Batch, want: frozenset[str]) -> dict[str, Tensor]:
-        mean, log_std = self.moments(batch["obs"])
         made: dict[str, Tensor] = {}
+        given = self.net(self.inputs(batch["obs"]))
         if want & {"sample", "sample_logp"}:
-            noise = batch["noise"]
-            u = torch.addcmul(mean, log_std.exp(), noise)
+            y, logp = self.drawn(given, batch["noise"])
             if "sample" in want:
-                made["sample"] = self.bounds.outer(u.tanh()).unflatten(-1, self.shape)
+                made["sample"] = self.bounds.outer(y).unflatten(-1, self.shape)
             if "sample_logp" in want:
-                made["sample_logp"] = masked(self.density(u, noise, log_std), batch)
+                made["sample_logp"] = masked(logp, batch)
+        if not want & {"logp", "mean", "std"}:
+            return made
+        mean, log_std = self._moments(given)
         if "logp" in want:
             y = self.bounds.inner(batch["action"].flatten(2)).clamp(-1 + EDGE, 1 - EDGE)
             u = torch.atanh(y)
@@ -96,16 +125,36 @@ class SquashedGaussian(nn.Module):
 
     def act(self, obs: Tensor, carry: Any, rng: torch.Generator) -> tuple[Decision, Any]:
         with torch.inference_mode():
-            mean, log_std = self.moments(obs)
-            noise = torch.empty_like(mean).normal_(generator=rng)
-            u = torch.addcmul(mean, log_std.exp(), noise)
-            action = self.bounds.outer(u.tanh()).reshape(-1, *self.shape)
-            return Decision(action, self.density(u, noise, log_std)), carry
+            given = self.net(self.inputs(obs))
+            noise = given.new_empty(len(given), given.shape[-1] // 2).normal_(generator=rng)
+            y, logp = self.drawn(given, noise)
+            return Decision(self.bounds.outer(y).reshape(-1, *self.shape), logp), carry
 
     def mode(self, obs: Tensor) -> Tensor:
         """What `tanh` makes of the mean: the mode of the Gaussian that is squashed."""
         with torch.inference_mode():
             return self.bounds.outer(self.moments(obs)[0].tanh()).reshape(-1, *self.shape)
+
+
+class _Squashed(torch.autograd.Function):
+    """`SquashedGaussian._drawn` of `[R, 2 A]` and noise `[R, A]` as one step of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: SquashedGaussian, kernels: DenseKernels, made: Tensor, noise: Tensor) -> Any:
+        y, logp, kept = policy._squashed(kernels, made, noise)
+        ctx.policy, ctx.kernels = policy, kernels
+        ctx.save_for_backward(made, noise, *kept)
+        ctx.set_materialize_grads(False)
+        return y, logp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        made, noise, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated again
+            given = [(m, g) for m, g in zip(ctx.policy._drawn(made, noise), grads) if g is not None]
+            (into,) = torch.autograd.grad([m for m, _ in given], made, [g for _, g in given], create_graph=True)
+            return None, None, into, None
+        return None, None, ctx.kernels.squashed_back(*grads, kept), None
 
 
 class Deterministic(nn.Module):
