@@ -454,17 +454,22 @@ void down(const float* from, Long rows, Long n, float* to) {
         for (Long j = 0; j < n; j++) to[j] += from[r * n + j];
 }
 
-// Layers of all members, in the order of `_Layers` in dense.py.
+// Layers of all members, from numbers and addresses in the order of `_call` in dense.py.
 struct Layers {
-    const float* x;             // [rows, widths[0]], which all members read
-    const Long* widths;         // [count + 1]
-    float* const* held;         // weight [members, O, I] and bias [members, O] of each layer
-    float* out;                 // [members, rows, O]
-    float* saved;               // what later layers read, [rows, I] after each other; then the next member's
-    const float* grad;          // backward: of out
-    float* const* into;         // of what is held, or null
-    float* into_x;              // [rows, widths[0]], or null
     Long rows, members, count, activation, half;
+    const float* x;           // [rows, widths[0]], which all members read
+    float* out;               // [members, rows, O]
+    float* saved;             // what later layers read, [rows, I] after each other; then the next member's
+    const float* grad;        // backward: of out
+    float* into_x;            // [rows, widths[0]], or null
+    const Long* widths;       // [count + 1]
+    const float* const* held;  // weight [members, O, I] and bias [members, O] of each layer
+    float* const* into;       // of what is held, or null
+
+    explicit Layers(const Long* of)
+        : rows(of[0]), members(of[1]), count(of[2]), activation(of[3]), half(of[4]), x((const float*)of[6]), out((float*)of[7]),
+          saved((float*)of[8]), grad((const float*)of[9]), into_x((float*)of[10]), widths(of + 11),
+          held((const float* const*)(widths + count + 1)), into(of[5] ? (float* const*)(held + 2 * count) : nullptr) {}
 
     Long kept() const {  // numbers that one member saves
         Long sum = 0;
@@ -643,21 +648,23 @@ void squash_back(const float* into_y, const float* into_logp, const float* y, co
     }
 }
 // The l2 norm of all numbers of some tensors, summed in float64.
-void norm(float* const* tensors, const Long* sizes, Long count, float* to) {
+void norm(const Long* tensors, Long count, float* to) {
     double total = 0;
     for (Long t = 0; t < count; t++) {
-        const float* x = tensors[t];
+        const float* x = (const float*)tensors[2 * t];  // and its size
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (Long i = 0; i < sizes[t]; i++) sum += double(x[i]) * x[i];
+        for (Long i = 0; i < tensors[2 * t + 1]; i++) sum += double(x[i]) * x[i];
         total += sum;
     }
     *to = float(std::sqrt(total));
 }
-void forward(const Layers* net) {
-    for (Long e = 0; e < net->members; e++) forward_member(*net, e);
+void forward(const Long* numbers) {
+    const Layers net(numbers);
+    for (Long e = 0; e < net.members; e++) forward_member(net, e);
 }
-void backward(const Layers* net) {
-    for (Long e = 0; e < net->members; e++) backward_member(*net, e);
+void backward(const Long* numbers) {
+    const Layers net(numbers);
+    for (Long e = 0; e < net.members; e++) backward_member(net, e);
 }
 }

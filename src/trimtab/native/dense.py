@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 
@@ -12,15 +13,9 @@ from torch import Tensor
 
 from trimtab.native import library
 
-_POINTERS = ("x", "widths", "held", "out", "saved", "grad", "into", "into_x")
-_NUMBERS = ("rows", "members", "count", "activation", "half")
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[Activation, int] = {torch.tanh: 0, torch.relu: 1}
 LARGE = 2**23  # products: of more, torch is faster where it has several threads, for the kernels have one
-
-
-class _Layers(ctypes.Structure):
-    _fields_ = (*((name, c_void_p) for name in _POINTERS), *((name, c_int64) for name in _NUMBERS))
 
 
 class DenseKernels:
@@ -31,7 +26,7 @@ class DenseKernels:
         for one in (self._forward, self._backward):
             one.argtypes, one.restype = [c_void_p], None
         self._norm = compiled.norm
-        self._norm.argtypes, self._norm.restype = [c_void_p, c_void_p, c_int64, c_void_p], None
+        self._norm.argtypes, self._norm.restype = [c_void_p, c_int64, c_void_p], None
         self._gaussian, self._gaussian_back = compiled.gaussian, compiled.gaussian_back
         for one in (self._gaussian, self._gaussian_back):
             one.argtypes, one.restype = [*[c_void_p] * 5, c_int64, c_int64], None
@@ -47,7 +42,7 @@ class DenseKernels:
         """The kernels, where they are compiled and these layers are what they are for."""
         if x.dtype != torch.float32 or held[0].dtype != torch.float32 or not x.is_cpu or activation not in ACTIVATIONS:
             return None
-        found, rows = _compiled(), len(x)
+        found, rows = _compiled(), x.shape[0]
         if found is None or not rows or torch._C._len_torch_dispatch_stack():  # a mode is to see torch's products
             return None
         if torch.get_num_threads() > 1 and rows * sum(p.numel() for p in held) > LARGE:
@@ -59,13 +54,18 @@ class DenseKernels:
     @staticmethod
     def norm(tensors: Sequence[Tensor]) -> Tensor | None:
         """The l2 norm of all numbers of some float32 tensors on a CPU, 0-d; None where there is no kernel for them."""
-        found = DenseKernels.at(tensors[0]) if all(t.dtype == torch.float32 and t.is_cpu for t in tensors) else None
-        sizes = [t.numel() for t in tensors]
-        if found is None or sum(sizes) > LARGE or not all(t.is_contiguous() for t in tensors):
+        found, total = DenseKernels.at(tensors[0]), 0
+        numbers = array("q")
+        for t in tensors:
+            if t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
+                return None
+            size = t.numel()
+            numbers.extend((t.data_ptr(), size))
+            total += size
+        if found is None or total > LARGE:
             return None
-        made, count, at = tensors[0].new_empty(()), len(tensors), ctypes.addressof
-        places, lengths = (c_void_p * count)(*[t.data_ptr() for t in tensors]), (c_int64 * count)(*sizes)
-        found._norm(at(places), at(lengths), count, made.data_ptr())
+        made = tensors[0].new_empty(())
+        found._norm(numbers.buffer_info()[0], len(tensors), made.data_ptr())
         return made
 
     @staticmethod
@@ -113,10 +113,11 @@ class DenseKernels:
         self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """The result `[R, O]`, or `[E, R, O]` of stacked layers, and what the way back needs."""
-        rows, members = len(x), held[0].shape[0] if held[0].dim() == 3 else 1
-        out = x.new_empty(*held[-1].shape[:-1], rows, held[-1].shape[-1])
-        saved = x.new_empty(rows * sum(p.numel() for p in held[1:-1:2]))
-        self._call(self._forward, x, held, activation, half, rows, members, out=out, saved=saved)
+        rows, last = x.shape[0], held[-1].shape
+        x, held = x.contiguous(), [p.contiguous() for p in held]
+        out = x.new_empty(*last[:-1], rows, last[-1])
+        saved = x.new_empty(rows * sum([p.numel() for p in held[1:-1:2]]))
+        self._call(self._forward, x, held, activation, half, out=out.data_ptr(), saved=saved.data_ptr())
         return out, [saved]
 
     def backward(
@@ -124,27 +125,25 @@ class DenseKernels:
         activation: Activation, half: bool, into_x: bool, into_held: bool,
     ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
         """The gradients towards `x` and towards each of `held`, where they are asked for."""
-        rows, members = len(x), held[0].shape[0] if held[0].dim() == 3 else 1
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if into_x else None
-        made = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in held] if into_held else None
-        tensors = {"grad": grad.contiguous(), "saved": kept[0]} | ({"into_x": dx} if dx is not None else {})
-        self._call(self._backward, x, held, activation, half, rows, members, made, **tensors)
+        x, held, grad = x.contiguous(), [p.contiguous() for p in held], grad.contiguous()
+        dx = torch.empty_like(x) if into_x else None
+        made = [torch.empty_like(p) for p in held] if into_held else None
+        self._call(
+            self._backward, x, held, activation, half, saved=kept[0].data_ptr(), grad=grad.data_ptr(),
+            into_x=0 if dx is None else dx.data_ptr(), into=[] if made is None else [p.data_ptr() for p in made],
+        )  # fmt: skip
         return dx, made
 
     def _call(
-        self, work: ctypes._NamedFuncPointer, x: Tensor, held: Sequence[Tensor], activation: Activation,
-        half: bool, rows: int, members: int, into: Sequence[Tensor] | None = None, **tensors: Tensor,
+        self, work: ctypes._NamedFuncPointer, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool,
+        out: int = 0, saved: int = 0, grad: int = 0, into_x: int = 0, into: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        x, held = x.contiguous(), [p.contiguous() for p in held]
-        count, numbers, at = len(held), [x.shape[-1], *(p.shape[-1] for p in held[1::2])], ctypes.addressof
-        widths, addresses = (c_int64 * len(numbers))(*numbers), (c_void_p * count)(*[p.data_ptr() for p in held])
-        made = None if into is None else (c_void_p * count)(*[p.data_ptr() for p in into])
-        layers = _Layers(
-            x=x.data_ptr(), widths=at(widths), held=at(addresses), into=None if made is None else at(made), rows=rows,
-            members=members, count=count // 2, activation=ACTIVATIONS[activation], half=half,
-            **{name: t.data_ptr() for name, t in tensors.items()},
-        )  # fmt: skip
-        work(at(layers))
+        """Numbers and addresses in the order of `Layers` in dense.cpp; 0 is what is not there."""
+        members = held[0].shape[0] if held[0].dim() == 3 else 1
+        about = (x.shape[0], members, len(held) // 2, ACTIVATIONS[activation], half, len(into))
+        widths, places = [x.shape[1], *[p.shape[-1] for p in held[1::2]]], [p.data_ptr() for p in held]
+        numbers = array("q", (*about, x.data_ptr(), out, saved, grad, into_x, *widths, *places, *into))
+        work(numbers.buffer_info()[0])
 
 
 @functools.cache

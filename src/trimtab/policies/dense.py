@@ -59,7 +59,7 @@ def layers(x: Tensor, held: Sequence[Tensor], activation: Activation, matmul: st
     """
     x = x.to(held[0].dtype)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    half = matmul == "bfloat16" and len(flat) >= SMALLEST
+    half = matmul == "bfloat16" and flat.shape[0] >= SMALLEST
     way = DenseKernels.suited(flat, held, activation, half) or _wide(flat, held, activation)
     if way is None:
         return _plain(x, half, held, activation)
@@ -79,7 +79,7 @@ def pullback(
     """
     if activation not in BACK or not all(p.requires_grad for p in held):
         return None
-    x, half = x.to(held[0].dtype), matmul == "bfloat16" and len(x) >= SMALLEST
+    x, half = x.to(held[0].dtype), matmul == "bfloat16" and x.shape[0] >= SMALLEST
     way = DenseKernels.suited(x, held, activation, half) or _Torch
     with torch.no_grad():
         made, kept = way.forward(x, held, activation, half)
