@@ -361,15 +361,25 @@ void in_pairs(const Product& p, const float* start) {
     tiles<Pair>(a, beside ? depth : 1, beside ? 1 : p.m, b, depth, start, p.c, p.m, p.n);
 }
 
-void laid_out(const Product& p, uint16_t* to) {  // as `Couple` wants it: of 32 columns 0 - 3, 16 - 19, 4 - 7, ...
+// As `Couple` wants it: bfloat16, of 32 columns 0 - 3, 16 - 19, 4 - 7, ...
+void laid_out(const Product& p, uint16_t* to) {
     const __m512i steps = _mm512_setr_epi64(0x0003000200010000, 0x0013001200110010, 0x0007000600050004, 0x0017001600150014,
                                             0x000b000a00090008, 0x001b001a00190018, 0x000f000e000d000c, 0x001f001e001d001c);
-    const Long count = panels(p.n) * p.depth;
-    float* wide = Scratch::of(scratch.wide, count);
-    laid_out(p, wide);
-    for (Long i = 0; i < count; i += 32) {
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(wide + i + 16), _mm512_loadu_ps(wide + i));
-        _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(steps, both));
+    alignas(64) float block[16 * PANEL] = {};
+    for (Long first = 0; first < p.n; first += PANEL) {
+        const Long width = least(PANEL, p.n - first);
+        for (Long k = 0; k < p.depth; k += 16) {
+            const Long rows = least(16, p.depth - k);
+            if (p.transposed)
+                for (Long j = 0; j < width; j += 16)
+                    transposed(p.b + (first + j) * p.depth + k, p.depth, least(16, width - j), rows, block + j, PANEL);
+            else
+                for (Long i = 0; i < rows; i++) std::memcpy(block + i * PANEL, p.b + (k + i) * p.n + first, width * 4);
+            for (Long i = 0; i < rows * PANEL; i += 32, to += 32) {
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(block + i + 16), _mm512_load_ps(block + i));
+                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(steps, both));
+            }
+        }
     }
 }
 #else
@@ -436,14 +446,18 @@ void activate(float* x, Long count, Long kind) {
         for (Long i = 0; i < count; i++) x[i] = tangent(x[i]);
 }
 
-// The gradient before the activation, from the one behind it and what the activation gave.
-void through(float* grad, const float* made, Long count, Long kind) {
-    if (kind == RELU)
+// The gradient before the activation, from the one behind it and what the activation gave, both [rows, n]; and unless
+// null, to [n] its sums over rows.
+void through(float* grad, const float* made, Long rows, Long n, Long kind, float* to) {
+    float* sums = to ? to : Scratch::of(scratch.start, n);
+    std::memset(sums, 0, n * 4);
+    for (Long r = 0; r < rows; r++, grad += n, made += n)
+        if (kind == RELU)
 #pragma omp simd
-        for (Long i = 0; i < count; i++) grad[i] = made[i] <= 0.f ? 0.f : grad[i];
-    else
+            for (Long i = 0; i < n; i++) sums[i] += grad[i] = made[i] <= 0.f ? 0.f : grad[i];
+        else
 #pragma omp simd
-        for (Long i = 0; i < count; i++) grad[i] *= 1.f - made[i] * made[i];
+            for (Long i = 0; i < n; i++) sums[i] += grad[i] *= 1.f - made[i] * made[i];
 }
 
 // to [n] = sums of [rows, n] over its rows.
@@ -459,7 +473,7 @@ struct Layers {
     Long rows, members, count, activation, half;
     const float* x;           // [rows, widths[0]], which all members read
     float* out;               // [members, rows, O]
-    float* saved;             // what later layers read, [rows, I] after each other; then the next member's
+    float* saved;             // what later layers read, [rows, I] after each other; then the next member's; or null
     const float* grad;        // backward: of out
     float* into_x;            // [rows, widths[0]], or null
     const Long* widths;       // [count + 1]
@@ -522,15 +536,17 @@ void into_read(const float* grad, const float* weight, float* into, Long rows, L
 
 void forward_member(const Layers& net, Long member) {
     const float* x = net.x;
-    float* saved = net.saved + member * net.kept();
+    float* saved = net.saved ? net.saved + member * net.kept() : nullptr;
     for (Long i = 0; i < net.count; i++) {
         const Long inputs = net.widths[i], outputs = net.widths[i + 1], last = i == net.count - 1;
         const float *weight = net.held[2 * i] + member * outputs * inputs, *bias = net.held[2 * i + 1] + member * outputs;
         float* y = last ? net.out + member * net.rows * outputs : saved;
+        if (!y) y = Scratch::of(i % 2 ? scratch.grad : scratch.next, net.rows * outputs);
         forward_layer(x, weight, bias, y, net.rows, inputs, outputs, net.paired(i), net.zeros(i));
         if (last) return;
         activate(y, net.rows * outputs, net.activation);
-        x = y, saved += net.rows * outputs;
+        x = y;
+        if (saved) saved += net.rows * outputs;
     }
 }
 
@@ -543,7 +559,7 @@ void backward_member(const Layers& net, Long member) {
         if (i > 0) saved -= rows * inputs;
         const float* read = i > 0 ? saved : net.x;
         if (net.into) {
-            down(grad, rows, outputs, net.into[2 * i + 1] + member * outputs);
+            if (i == net.count - 1) down(grad, rows, outputs, net.into[2 * i + 1] + member * outputs);
             float* into = net.into[2 * i] + member * outputs * inputs;
             into_weight(grad, read, into, rows, inputs, outputs, net.paired(i), net.zeros(i + 1));
         }
@@ -552,7 +568,7 @@ void backward_member(const Layers& net, Long member) {
         float* next = i > 0 || member > 0 ? Scratch::of(scratch.next, rows * inputs) : net.into_x;
         into_read(grad, weight, next, rows, inputs, outputs, net.paired(i), net.zeros(i + 1));
         if (i > 0) {
-            through(next, read, rows * inputs, net.activation);
+            through(next, read, rows, inputs, net.activation, net.into ? net.into[2 * i - 1] + member * inputs : nullptr);
             scratch.grad.swap(scratch.next);
             grad = next;
         } else if (member > 0)

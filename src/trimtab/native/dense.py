@@ -110,15 +110,16 @@ class DenseKernels:
         return made
 
     def forward(
-        self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool
+        self, x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool, keep: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
-        """The result `[R, O]`, or `[E, R, O]` of stacked layers, and what the way back needs."""
+        """The result `[R, O]`, or `[E, R, O]` of stacked layers, and what the way back needs, if that is to be kept."""
         rows, last = x.shape[0], held[-1].shape
         x, held = x.contiguous(), [p.contiguous() for p in held]
         out = x.new_empty(*last[:-1], rows, last[-1])
-        saved = x.new_empty(rows * sum([p.numel() for p in held[1:-1:2]]))
-        self._call(self._forward, x, held, activation, half, out=out.data_ptr(), saved=saved.data_ptr())
-        return out, [saved]
+        kept = [x.new_empty(rows * sum([p.numel() for p in held[1:-1:2]]))] if keep else []
+        saved = kept[0].data_ptr() if kept and len(held) > 2 else 0
+        self._call(self._forward, x, held, activation, half, out=out.data_ptr(), saved=saved)
+        return out, kept
 
     def backward(
         self, grad: Tensor, x: Tensor, held: Sequence[Tensor], kept: Sequence[Tensor],

@@ -66,7 +66,7 @@ def layers(x: Tensor, held: Sequence[Tensor], activation: Activation, matmul: st
     if torch.is_grad_enabled():
         made: Tensor = _Layers.apply(way, activation, half, flat, *held)
     else:
-        made = way.forward(flat, held, activation, half)[0]
+        made = way.forward(flat, held, activation, half, keep=False)[0]
     return made if x.dim() == 2 else made.unflatten(-2, x.shape[:-1])
 
 
@@ -134,7 +134,9 @@ class _Torch:
     """The way by torch's calls; keeps what each layer after the first read, and the weights it multiplied by."""
 
     @staticmethod
-    def forward(x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        x: Tensor, held: Sequence[Tensor], activation: Activation, half: bool, keep: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
         x = x.contiguous()  # see `_product`
         last, hidden, factors = len(held) // 2 - 1, [], []
         y = _product(x, *_side_by_side(held), activation if last else None)
@@ -145,8 +147,9 @@ class _Torch:
             if half and i < last:
                 weight, bias = weight.to(torch.bfloat16), bias.to(torch.bfloat16)
             y = _in_order(y, weight.dtype)
-            hidden.append(y)
-            factors.append(weight)
+            if keep:
+                hidden.append(y)
+                factors.append(weight)
             y = _products(y, weight, bias, activation if i < last else None)
         return y.contiguous(), [*hidden, *factors]
 
