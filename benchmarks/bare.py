@@ -71,9 +71,8 @@ def q_values(critic: Any, obs: Tensor, action: Tensor) -> Tensor:
 
 def drawn(actor: Any, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The action that `noise` makes, and its log-density."""
-    mean, log_std = actor.moments(obs)
-    u = torch.addcmul(mean, log_std.exp(), noise)
-    return actor.bounds.outer(u.tanh()), actor.density(u, noise, log_std)
+    y, logp = actor.drawn(actor.net(actor.inputs(obs)), noise)
+    return actor.bounds.outer(y), logp
 
 
 def bare_sac(task: str, *, warmup: int, matmul: str = "float32", batch: int = 256, lr: float = 3e-4,
@@ -98,9 +97,7 @@ def bare_sac(task: str, *, warmup: int, matmul: str = "float32", batch: int = 25
             action = low + (high - low) * torch.rand(count, generator=acting)
         else:
             with torch.inference_mode():
-                mean, log_std = actor.moments(obs[None])
-                noise = torch.empty_like(mean).normal_(generator=acting)
-                action = actor.bounds.outer(torch.addcmul(mean, log_std.exp(), noise).tanh())[0]
+                action = drawn(actor, obs[None], torch.empty(1, count).normal_(generator=acting))[0][0]
         after, reward, terminated, _ = world.step(action.numpy())
         ring[made % capacity] = torch.cat([obs, action, after, torch.tensor([reward, float(terminated)])])
         made += 1
