@@ -133,8 +133,9 @@ def _states(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[
     places = [id(p) for p in parameters]
     known = optimizer.__dict__.get("_trimtab_states")
     if known is not None and known[0] == places and optimizer.state.get(parameters[0]) is known[1][0]:
-        return known[1]  # type: ignore[no-any-return]
-    found, kind = [optimizer.state.get(p) for p in parameters], parameters[0].dtype
+        return known[1]
+    found = [optimizer.state.get(p) or {} for p in parameters]
+    kind = parameters[0].dtype
     if not all(found) or any(p.dtype != kind or not p.is_cpu for p in parameters):
         return None
     optimizer.__dict__["_trimtab_states"] = (places, found)
