@@ -194,6 +194,8 @@ struct Couple {  // ... or two bfloat16 times two rows, whose columns lie in the
 };
 #endif
 
+constexpr Long LISTED = 1 << 17;  // numbers that are looked at before they are used
+
 // The numbers of `a` that are not zero, with their places in a panel: of the first CHUNK of each row, then of the next.
 template <class How>
 struct Lists {
@@ -402,17 +404,26 @@ bool tame(const float* from, Long count) {
     return !wild;
 }
 
+// The product by lists of so many rows of `a` at a time that they stay in the cache; false, and nothing done, where the
+// first of them have too few zeros.
 template <class How>
 bool skipped(const Product& p, const float* start) {
     static_assert(PANEL == 64 && WIDE == 4, "places are shifted by 6 bits");
-    const Lists<How> lists = listed<How>(p.a, p.row, p.step, p.m, p.depth);
-    if (!lists.worth) return false;
+    const Long rows = (LISTED / p.depth / 16 + 1) * 16;
     auto* b = reinterpret_cast<typename How::Number*>(Scratch::of(scratch.panels, panels(p.n) * p.depth));
-    laid_out(p, b);
-    for (Long first = 0; first < p.n; first += PANEL) {
-        const Long columns = least(PANEL, p.n - first);
-        const auto one = columns > 2 * LANES ? skip<How, 4> : skip<How, 2>;
-        one(lists, b + first * p.depth, p.depth, start ? start + first : nullptr, p.c + first, p.n, columns, p.m);
+    for (Long from = 0; from < p.m; from += rows) {
+        const Long m = least(rows, p.m - from);
+        const Lists<How> lists = listed<How>(p.a + from * p.row, p.row, p.step, m, p.depth);
+        if (from == 0) {
+            if (!lists.worth) return false;
+            laid_out(p, b);
+        }
+        for (Long first = 0; first < p.n; first += PANEL) {
+            const Long columns = least(PANEL, p.n - first);
+            const auto one = columns > 2 * LANES ? skip<How, 4> : skip<How, 2>;
+            float* c = p.c + from * p.n + first;
+            one(lists, b + first * p.depth, p.depth, start ? start + first : nullptr, c, p.n, columns, m);
+        }
     }
     return true;
 }
