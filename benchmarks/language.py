@@ -205,8 +205,7 @@ def page(results: dict[str, Any]) -> str:
         "rounds, which `results.json` has. `make bench-language` makes all rows, `--only` some of them again. "
         "llama.cpp is compiled by hand (`benchmarks/llama_cpp_work.py`) and takes the most probable token, where the "
         "others draw. GFLOP/s is what the machine made of a large bfloat16 product just before: two of this kind "
-        "differ by a factor of two, and ratios with them; rows without one were measured on other days, before "
-        "compiled kernels.",
+        "differ by a factor of two, and ratios with them.",
         "",
         '<picture><source media="(prefers-color-scheme: dark)" srcset="ratios-dark.svg">'
         '<img src="ratios-light.svg" alt="ratios against goals"></picture>',

@@ -140,10 +140,11 @@ class Kit:
     def actor(self, name: str = "policy") -> Any:
         """The model that decides, inside the method's `act` wraps."""
         actor: Any = self.models[name]
-        shared = copy.copy(self)
-        shared.scope = ""  # the wraps are shared pieces: their state and streams are not those of a track that asks
-        for p in self.method.pieces:
-            if p.stage == "act":
+        wraps = [p for p in self.method.pieces if p.stage == "act"]
+        if wraps:
+            shared = copy.copy(self)
+            shared.scope = ""  # the wraps are shared pieces: their state and streams are not those of a track that asks
+            for p in wraps:
                 actor = p(shared, actor)
         return actor
 
@@ -188,13 +189,12 @@ class Kit:
     def evaluate_ahead(self, name: str, batch: Batch, want: frozenset[str]) -> Any:
         """`evaluate` for update-scope pieces: where a track is about to take one gradient of the same forward pass, and
         all rows fit at once, its graph is kept, and that track does not make it again (`taken_ahead`)."""
-        clock, losses = self.clock, tuple[Piece, ...]()
+        clock, wanted = self.clock, frozenset[str]()
         for track in self.method.tracks:
             due = track.on == "update" and clock.updates % track.every == 0
             if due and track.trains == name and self.scope in ("", track.name) and track.update.core.one_gradient:
-                losses = track.of("loss")
+                wanted = track.losses.wants
                 break
-        wanted = frozenset[str]().union(*(p.union("wants") for p in losses))
         if not wanted or not wanted <= want or (self.memory is not None and self.memory < len(batch)):
             return self.evaluate(name, batch, want)
         model: Any = self.models[name]
