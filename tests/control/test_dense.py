@@ -231,6 +231,7 @@ def test_zeros_of_relu_are_skipped_and_nothing_else(name: str, share: float, hal
     assert into is not None
     assert float((kept[0] > 0).float().mean()) == pytest.approx(share, abs=0.15)
     for ours, exactly in zip((made, dx, *into), (y, *wanted), strict=True):
+        exactly = exactly.detach()
         scale = float(exactly.norm()) or 1.0
         assert float((ours - exactly).norm()) / scale < (0.1 if half else 2e-6)
 
