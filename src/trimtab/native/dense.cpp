@@ -261,7 +261,6 @@ void skip(const Lists<How>& lists, const typename How::Number* b, Long depth, co
     if (!whole)
         for (Long i = 0; i < m; i++) std::memcpy(c + i * stride, sums + i * PANEL, columns * 4);
 }
-
 #endif
 
 // c [m, n] = start + a b, b in panels; start in whole panels too, or null.
@@ -482,14 +481,14 @@ void down(const float* from, Long rows, Long n, float* to) {
 // Layers of all members, from numbers and addresses in the order of `_call` in dense.py.
 struct Layers {
     Long rows, members, count, activation, half;
-    const float* x;           // [rows, widths[0]], which all members read
-    float* out;               // [members, rows, O]
-    float* saved;             // what later layers read, [rows, I] after each other; then the next member's; or null
-    const float* grad;        // backward: of out
-    float* into_x;            // [rows, widths[0]], or null
-    const Long* widths;       // [count + 1]
+    const float* x;            // [rows, widths[0]], which all members read
+    float* out;                // [members, rows, O]
+    float* saved;              // what later layers read, [rows, I] after each other; then the next member's; or null
+    const float* grad;         // backward: of out
+    float* into_x;             // [rows, widths[0]], or null
+    const Long* widths;        // [count + 1]
     const float* const* held;  // weight [members, O, I] and bias [members, O] of each layer
-    float* const* into;       // of what is held, or null
+    float* const* into;        // of what is held, or null
 
     explicit Layers(const Long* of)
         : rows(of[0]), members(of[1]), count(of[2]), activation(of[3]), half(of[4]), x((const float*)of[6]), out((float*)of[7]),
