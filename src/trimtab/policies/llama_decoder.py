@@ -139,14 +139,17 @@ class LlamaDecoder:
         x: Tensor = self.model.model.embed_tokens(ids)
         delta: Tensor | None = None
         turn = self._rotary(x, torch.arange(width, device=device)[None])
+        last = torch.arange(m, device=device), lengths - 1
         for i, layer in enumerate(self.layers):
             seen = self._norm(x, delta, layer.before_attention)
             q, k, v = self._split(layer, layer.qkv(seen), *turn)
             self.cache.read(i, slots, k, v)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.groups > 1)
-            delta = self._rest(layer, x, out.transpose(1, 2).reshape(m, width, -1))
-        last = torch.arange(m, device=device), lengths - 1
-        return self._logits(x[last], None if delta is None else delta[last])
+            out = out.transpose(1, 2).reshape(m, width, -1)
+            if i == len(self.layers) - 1:  # behind the last keys and values only the last place is asked for
+                x, out = x[last], out[last]
+            delta = self._rest(layer, x, out)
+        return self._logits(x, delta)
 
     def step(self, tokens: Tensor) -> Tensor:
         x, cache = self.model.model.embed_tokens(tokens), self.cache
