@@ -94,7 +94,8 @@ TASK = "reasoning-gym:chain_sum(min_terms=2,max_terms=2,min_digits=1,max_digits=
 
 GROWTH = (
     "Growth, per response token: a larger group shares its prompt and the fixed cost of a pass; a longer response is "
-    "flat from 128 tokens on; a longer prompt costs more, for it is read (once) and every response token attends to it."
+    "about flat from 128 tokens on (attention grows with it); a longer prompt costs more, for it is read (once) and "
+    "every response token attends to it."
 )
 IN_THE_WAY = (
     "Only torch's products and attention are counted, so what is missing to 100% is everything else. What lies between "

@@ -92,6 +92,8 @@ def test_kernels_serve_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> Non
     assert served(x[:1], held, torch.tanh)
     assert not served(x[:0], held)
     assert not served(x.double(), [p.double() for p in held])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # and nothing is read beyond its end
+        layers(x[:, :19], held, torch.relu, "float32")
     assert not served(x, held, F.silu)
     assert not served(x, held, half=True)  # factors of two come in pairs
     assert ways(x[:1], single(20, 96, 96, 6)) == "_LayersBackward"
@@ -320,6 +322,8 @@ def test_a_squashed_gaussian_and_its_gradients_are_those_of_double_precision(spr
         for out in (policy.drawn(made, noise), policy._drawn(made, noise))
     ]
     torch.testing.assert_close(*twice)
+    one = noise[..., :1]  # of a shape that is not its own it is spread as torch spreads it
+    assert all(torch.equal(a, b) for a, b in zip(policy.drawn(made, one), policy._drawn(made, one)))
     noise[0, 0, 1] = float("nan")
     y, logp = policy.drawn(made.detach(), noise)
     assert y.isnan().nonzero().tolist() == [[0, 0, 1]]

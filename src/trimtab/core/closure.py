@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,7 +92,7 @@ class Closure:
         sums: dict[str, Tensor] = {}
         summed: dict[str, None] = {}  # the names of terms that are no metrics, in order
         weighed: dict[str, Tensor] = {}  # of metrics: the weight of the decisions that were looked at
-        with nullcontext(self.params) if params is None else self._at(params) as at:
+        with self._at(params) as at:
             mine = list(at.values())
             loss: Tensor | None = None
             self._short = params is None and not create_graph
@@ -341,7 +341,7 @@ class Closure:
                 module._parameters[leaf] = old
 
     def _finite(self, made: Gradient, summed: list[str]) -> None:
-        if math.isfinite(float(made.loss)) and math.isfinite(float(made.norm)):
+        if math.isfinite(float((made.loss + made.norm).detach())):
             return
         bad = [name for name in summed if not torch.isfinite(made.terms[name])]
         what = f"the value of term {bad[0]!r}" if bad else f"the gradient of {summed}"

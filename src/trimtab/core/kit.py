@@ -140,11 +140,10 @@ class Kit:
     def actor(self, name: str = "policy") -> Any:
         """The model that decides, inside the method's `act` wraps."""
         actor: Any = self.models[name]
-        wraps = [p for p in self.method.pieces if p.stage == "act"]
-        if wraps:
-            shared = copy.copy(self)
-            shared.scope = ""  # the wraps are shared pieces: their state and streams are not those of a track that asks
-            for p in wraps:
+        shared = copy.copy(self)
+        shared.scope = ""  # the wraps are shared pieces: their state and streams are not those of a track that asks
+        for p in self.method.pieces:
+            if p.stage == "act":
                 actor = p(shared, actor)
         return actor
 

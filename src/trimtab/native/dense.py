@@ -42,6 +42,8 @@ class DenseKernels:
         """The kernels, where they are compiled and these layers are what they are for."""
         if x.dtype != torch.float32 or held[0].dtype != torch.float32 or not x.is_cpu or activation not in ACTIVATIONS:
             return None
+        if x.shape[-1] != held[0].shape[-1]:  # torch says what does not fit
+            return None
         found, rows = _compiled(), x.shape[0]
         if found is None or not rows or torch._C._len_torch_dispatch_stack():  # a mode is to see torch's products
             return None

@@ -75,10 +75,10 @@ class SquashedGaussian(nn.Module):
     def drawn(self, made: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Of what the network gave, `[..., 2 A]`: `tanh(u)` `[..., A]` of the u that `noise` makes, and the log-density
         of that action, `[...]`."""
-        kernels = DenseKernels.at(made)
-        if kernels is None or noise.dtype != made.dtype or noise.requires_grad:
+        kernels, shape = DenseKernels.at(made), noise.shape
+        fits = (*shape[:-1], 2 * shape[-1]) == made.shape and noise.dtype == made.dtype and noise.is_cpu
+        if kernels is None or not fits or noise.requires_grad:
             return self._drawn(made, noise)
-        shape = noise.shape
         made, noise = made.reshape(-1, made.shape[-1]), noise.reshape(-1, shape[-1])
         if made.requires_grad and torch.is_grad_enabled():
             y, logp = _Squashed.apply(self, kernels, made, noise)

@@ -269,8 +269,8 @@ class ActorCritic(nn.Module):
     def pullback(self, batch: Batch, want: frozenset[str]) -> Pullback | None:
         """`evaluate` without a graph, and what turns gradients of its results into those of `parameters()`, in order.
 
-        None where that cannot be done: padded rows, other wants, an activation
-        without a known slope, or layers trained only in part.
+        None where that cannot be done: padded rows, other wants, an activation without a known slope, or layers trained
+        only in part.
         """
         if batch.same("mask") != 1 or "value" not in want or want == {"value"}:
             return None

@@ -45,8 +45,7 @@ class Ring(AppendOnly):
         if not self._shapes:
             self._begin([tuple(c.shape[1:]) for c in columns], not columns[1].is_floating_point(), dtype)
         count = columns[0].shape[0]
-        wide = [c if c.dtype == dtype else c.to(dtype) for c in columns]
-        new = torch.cat([c if c.dim() == 2 else c.reshape(count, -1) for c in wide], 1)
+        new = torch.cat([c.reshape(count, -1).to(dtype) for c in columns], 1)
         at = self.total % self.capacity
         if at + count <= self.capacity:
             self.rows[at : at + count] = new
@@ -64,7 +63,7 @@ class Ring(AppendOnly):
     def draw(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
         """`count` transitions, uniformly and with replacement, as columns `[count, 1, ...]`."""
         index = torch.randint(len(self), (count,), generator=rng)
-        parts = self.rows.index_select(0, index).split_with_sizes(self._cuts, 1)
+        parts = self.rows.index_select(0, index).split(self._cuts, 1)
         made = {n: p.reshape(count, 1, *shape) for n, p, shape in zip(COLUMNS, parts, self._shapes)}
         made["action"] = made["action"].long() if self._numbered else made["action"]
         return {**made, "terminated": made["terminated"] != 0, "truncated": made["truncated"] != 0}

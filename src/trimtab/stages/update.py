@@ -99,9 +99,13 @@ def _fused(
 
     False, and nothing done, before the first step of any parameter, or where they differ in type, place or age.
     """
-    held, kind = _states(optimizer, parameters), parameters[0].dtype
-    if held is None:
-        return False
+    held: list[Any] = []
+    state, kind = optimizer.state, parameters[0].dtype
+    for p in parameters:
+        mine = state.get(p)
+        if not mine or p.dtype != kind or not p.is_cpu:
+            return False
+        held.append(mine)
     step = held[0]["step"]
     for h in held:
         if h["step"] is not step:
@@ -123,23 +127,6 @@ def _fused(
     )  # fmt: skip
     torch.autograd.graph.increment_version(parameters)  # the kernel leaves versions as they were
     return True
-
-
-def _states(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[dict[str, Any]] | None:
-    """What the optimiser holds of each parameter, or None where that is not one kernel's work.
-
-    Looked up once: a tensor is a slow key. What is held of the first one is another object after a load or a reset.
-    """
-    places = [id(p) for p in parameters]
-    known = optimizer.__dict__.get("_trimtab_states")
-    if known is not None and known[0] == places and optimizer.state.get(parameters[0]) is known[1][0]:
-        return known[1]
-    found = [optimizer.state.get(p) or {} for p in parameters]
-    kind = parameters[0].dtype
-    if not all(found) or any(p.dtype != kind or not p.is_cpu for p in parameters):
-        return None
-    optimizer.__dict__["_trimtab_states"] = (places, found)
-    return found
 
 
 def make_rmsprop(kit: Kit, options: Mapping[str, Any]) -> torch.optim.RMSprop:
